@@ -1,0 +1,1791 @@
+#!/usr/bin/env python3
+"""SOAR: a model that teaches itself, in one file.
+
+A language model is stuck on problems that it failed 128 times of 128: no success, no reward, no gradient. SOAR ("Teaching
+Models to Teach Themselves", arXiv 2601.18778) makes two copies of it. The teacher writes practice problems, the student
+trains on them, and the teacher is paid by how much better the student then does on the hard problems, which it never sees.
+
+    theta, phi <- base model                                # student baseline, teacher
+    repeat T times:
+    1.  the teacher phi writes g datasets X_1..X_g of n problems with answers
+    2.  for each X_k, r times: a copy of theta takes a few RL steps on X_k;
+            R_kj = its greedy accuracy on M hard problems - the accuracy of theta on the same ones;   R_k = mean over j
+    3.  if the moving average of mean_k R_k exceeds tau:    # promotion
+            theta <- the median student of the best dataset;   D_best <- D_best + that dataset
+    4.  RLOO: phi is moved towards the datasets whose R_k is above that of the others
+    return D_best, theta
+
+What to type (times: README.md):
+    python soar.py                              the whole algorithm on a built-in tiny world, on a laptop, in minutes
+    python soar.py --dataset math               real problems from the hub, sized for one GPU with 16-24 GB
+    python soar.py --dataset math --preset paper     Table 3 of the paper: weeks on one GPU
+    python soar.py --dataset FILE.jsonl --model DIR  your problems (fields problem and answer), your model
+    python soar.py --help                       every knob, its default and where the default comes from
+
+Simplified from the paper: one process and one live model, in which teacher and students take turns, instead of 32 GPUs; one
+update a batch, so exactly on-policy, with no importance ratio and no clipping of it.
+
+Contents: 1 Config, 2 Verifier, 3 Problems, 4 The tiny world, 5 Policy, 6 Sampler, 7 The hard set, 8 Optimizer, 9 RLOO,
+10 The tiny world's base model, 11 Inner loop, 12 Teacher, 13 Reward and promotion, 14 The run folder, 15 Outer loop, 16 Main.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import inspect
+import json
+import logging
+import math
+import os
+import random
+import re
+import shlex
+import shutil
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import lru_cache
+from itertools import accumulate, islice
+from pathlib import Path
+
+import numpy as np
+import sympy
+import torch
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """Something the user can mend: main() prints its one sentence and exits with code 2."""
+
+
+# ======================================================================================================================
+# 1. Config: which knobs are there, and what did the paper set them to?
+# ======================================================================================================================
+
+
+@dataclass
+class Config:
+    # --- The run
+    dataset: str = "tiny"  # tiny, math, harp, olympiad, or a FILE.jsonl with problem/answer (or question/answer) fields
+    preset: str = "auto"  # tiny, gpu (one 16-24 GB card), paper (Table 3), smoke (minutes on a CPU); auto: tiny or gpu
+    model: str = "unsloth/Llama-3.2-3B-Instruct"  # hub id or local folder (this one: the ungated copy of the paper's)
+    seed: int = 0  # every random choice of the run
+    data_seed: int = 0  # the tiny world, the fail@k samples and the train/test split: shared by runs that are compared
+    out: str = ""  # the run folder; empty: runs/DATASET-SEED
+    cache: str = "runs/cache"  # where the tiny world's base model and the filtered hard sets are kept
+    resume: bool = False  # continue the run in --out (give the same flags again)
+    threads: int = 0  # torch's CPU threads; 0: as torch chooses (two threads on a busy core can be slower than one)
+    device: str = "auto"  # auto: cuda if there is one, else cpu
+    # --- The hard set
+    k: int = 128  # keep the problems that the base model fails k times of k (paper: 128)
+    pool: int = 0  # look only at this many problems, drawn by --data-seed; 0: all
+    # --- Prompts
+    teacher_prompt: str = ""  # FILE that replaces the built-in teacher prompt
+    student_prompt: str = ""  # FILE that replaces the built-in student prompt; must contain {problem}
+    chat: bool = False  # wrap both prompts in the model's chat template (the paper is silent)
+    # --- Sampling
+    temperature: float = 1.0  # of every sampled token (Table 3)
+    teacher_tokens: int = 512  # new tokens at most for a proposal (Table 3)
+    student_tokens: int = 1024  # new tokens at most for a solution (Table 3)
+    # --- The teacher
+    steps: int = 200  # T, outer steps (Table 3)
+    datasets: int = 4  # g, datasets in one RLOO group (Table 3)
+    groups: int = 1  # RLOO groups an outer step (Algorithm 1 shows one; Table 3's "batch size 2" reads as two)
+    n: int = 64  # problems in a dataset (Table 3; swept over 8, 16, 32, 64)
+    teacher_lr: float = 1e-5  # peak, cosine decay over --steps (Table 3)
+    teacher_warmup: int = 20  # outer steps of linear warm-up (Table 3)
+    # --- The student
+    inner_steps: int = 10  # RLOO steps of the inner loop (Table 3)
+    inner_extra: int = 5  # steps more after each promotion (Table 3)
+    batch: int = 8  # problems a step (Table 3)
+    group: int = 32  # completions a problem, the RLOO group (Table 3)
+    student_lr: float = 1e-5  # peak (Table 3)
+    student_warmup: int = 0  # steps of linear warm-up (Table 3)
+    horizon: int = 0  # where the student's cosine ends; 0: at the end of the inner loop (the paper is silent)
+    # --- Both updates
+    kl: float = 0.001  # coefficient of KL(policy, reference) (Table 3)
+    kl_reference: str = "base"  # of the student: base, or baseline = the last promoted student (the paper is silent)
+    weight_decay: float = 0.0  # of AdamW (the paper is silent)
+    beta1: float = 0.9  # of AdamW (the paper is silent)
+    beta2: float = 0.999  # of AdamW (the paper is silent)
+    clip: float = 1.0  # largest gradient norm; 0: no clipping (the paper is silent)
+    # --- Reward and promotion
+    reward: str = "grounded"  # grounded = measured progress; learnability = the Intrinsic-T baseline
+    repeats: int = 4  # r, students a dataset (Table 3)
+    reward_questions: int = 64  # M, hard train problems in Q_R (Table 3)
+    tau: float = 0.01  # promote when the moving average of the rewards exceeds this (Table 3)
+    window: int = 3  # outer steps in the moving average (Table 3)
+    promotion: bool = True  # --no-promotion keeps the student at the base model
+    # --- Memory and report
+    sample_rows: int = 256  # completions sampled side by side: the KV cache's memory
+    micro_tokens: int = 16384  # padded tokens in one backward pass: the activations' memory
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, about a third slower
+    eval_samples: int = 32  # completions a problem behind pass@k in the final table (paper: 32)
+
+
+# Only what differs from the defaults above, which are the paper's.
+PRESETS = {
+    "paper": {"groups": 2},
+    "gpu": {"model": "Qwen/Qwen2.5-0.5B-Instruct", "steps": 30, "n": 16, "repeats": 2, "group": 16, "student_tokens": 512,
+            "teacher_tokens": 256, "teacher_warmup": 3, "pool": 1000, "checkpointing": True},
+    "tiny": {"model": "tiny", "pool": 256, "steps": 10, "teacher_tokens": 40, "student_tokens": 24, "n": 32, "repeats": 2,
+             "inner_steps": 20, "inner_extra": 0, "batch": 16, "group": 16, "student_lr": 1e-3, "teacher_lr": 5e-4,
+             "teacher_warmup": 0, "sample_rows": 1024, "threads": 1},
+    "smoke": {"steps": 1, "n": 2, "datasets": 2, "repeats": 1, "inner_steps": 1, "batch": 2, "group": 4, "student_tokens": 48,
+              "teacher_tokens": 96, "k": 2, "pool": 16, "reward_questions": 4, "eval_samples": 2, "sample_rows": 16,
+              "micro_tokens": 2048},
+}
+
+
+def config_help() -> dict[str, dict[str, str]]:
+    """{section: {field: comment}}, read from the source of Config above, so that a comment and its --help never differ."""
+    sections, current = {}, None
+    for line in inspect.getsource(Config).splitlines():
+        if title := re.match(r"\s+# --- (.*)", line):
+            current = sections.setdefault(title[1], {})
+        elif entry := re.match(r"\s+(\w+): \w+ = .*?  # (.*)", line):
+            current[entry[1]] = entry[2]
+    return sections
+
+
+def parse_config(argv: list[str]) -> Config:
+    """Command line -> Config. Flags win over the preset, the preset over the defaults. Raises UserError on bad values."""
+    presets = "\n".join(f"  {name:6}" + " ".join(f"{k}={v}" for k, v in preset.items()) for name, preset in PRESETS.items())
+    parser = argparse.ArgumentParser(
+        usage="python soar.py [--dataset NAME] [--preset NAME] [flags]", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=f"SOAR: a teacher that is paid by its student's progress.\nDefaults (in brackets) are the paper's; presets "
+                    f"change only what they name:\n{presets}")
+    for title, entries in config_help().items():
+        section = parser.add_argument_group(title)
+        for name, comment in entries.items():
+            default = getattr(Config, name)
+            kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type(default)}
+            section.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS,
+                                 help=f"{comment} [{default}]".replace("%", "%%"), **kind)
+    flags = vars(parser.parse_args(argv))
+    preset = flags.get("preset", "auto")
+    if preset == "auto":
+        preset = "tiny" if flags.get("dataset", "tiny") == "tiny" else "gpu"
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset} does not exist; choose one of {', '.join(PRESETS)}")
+    config = Config(**PRESETS[preset] | flags | {"preset": preset})
+    config.out = config.out or f"runs/{Path(config.dataset).stem}-{config.seed}"
+    check_config(config)
+    return config
+
+
+def check_config(config: Config) -> None:
+    """Raise UserError for the first value that cannot work, before anything is computed."""
+    at_least = dict(k=1, steps=1, datasets=2, groups=1, n=1, inner_steps=1, batch=1, group=2, repeats=1, reward_questions=1,
+                    window=1, sample_rows=1, micro_tokens=1, eval_samples=1, teacher_tokens=1, student_tokens=1, pool=0,
+                    threads=0, inner_extra=0, horizon=0, teacher_warmup=0, student_warmup=0, kl=0, clip=0, weight_decay=0)
+    for name, least in at_least.items():
+        if getattr(config, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}")
+    for name in ("temperature", "teacher_lr", "student_lr"):
+        if not 0 < getattr(config, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} must be a positive number")
+    for name, allowed in (("reward", ("grounded", "learnability")), ("kl_reference", ("base", "baseline"))):
+        if getattr(config, name) not in allowed:
+            raise UserError(f"--{name.replace('_', '-')} must be one of {', '.join(allowed)}")
+    if (config.dataset == "tiny") != (config.model == "tiny"):
+        raise UserError("the tiny data set and the tiny model belong together: give both or neither of them")
+
+
+def fingerprint(*key) -> str:
+    """Sixteen hex digits that name `key` (anything with a stable repr): file names of caches, seeds of generators."""
+    return hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+
+
+def seeded(*key, device="cpu") -> torch.Generator:
+    """A random generator that is a function of `key` alone, for instance (seed, "student", step, dataset, repeat).
+
+    No generator lives longer than the job it is named for. So a resumed run needs no saved random state, and a student's
+    luck does not depend on how many others were trained before it.
+    """
+    return torch.Generator(device).manual_seed(int(fingerprint(*key), 16) >> 1)
+
+
+# ======================================================================================================================
+# 2. Verifier: when is an answer right?
+# ======================================================================================================================
+
+
+# The text is a model's: it is untrusted, so nothing evaluates it. A hand-written reader with a whitelist of names builds exact
+# numbers and sympy expressions, and every size is capped BEFORE it is built. No clock and no random number takes part: a
+# verdict depends on the two texts alone, not on how busy the machine is. Three steps:
+#   _normalise  one spelling for one answer: "\left( \dfrac12 , 5\text{ cm} \right)" becomes '(\frac{1}{2},5"cm")'
+#   _read       lists (in any order), tuples, intervals, labels and units; _parse reads the values inside them
+#   _same       rationals by ==, the rest at fixed points to 30 digits, where x^2-1 and (x-1)(x+1) agree
+
+RIGHT = 120.0  # the reward of a right answer (paper, section 3)
+MAX_CHARS, MAX_DEPTH, MAX_COMMANDS = 1000, 30, 50     # the longest of 10,454 real answers has 198 characters
+MAX_BITS, MAX_ROOT_BITS, MAX_FACTORIAL = 1 << 15, 256, 3000               # 2^4950 and 2004! are real answers
+MAX_GUESSES = 10                                      # formulas beside the box that can earn the partial reward
+DIGITS, NEAR = 80, sympy.Float("1e-50")                     # relative: with an absolute one all tiny numbers would be equal
+
+
+def _boxes(text: str):
+    """The contents of the complete, non-blank boxes, the last one (by its opening) first.
+
+    One pass with a stack, and nothing is copied before it is asked for: 20,000 nested boxes take linear time.
+    """
+    stack, spans = [], []                             # for each open brace: where its box's content starts, or None
+    for token in re.finditer(r"(\\(?:boxed|fbox)\s*\{)|\\.|([{}])", text, re.S):     # the middle passes over \{ and \}
+        if token[1] or token[2] == "{":
+            stack.append(token.end() if token[1] else None)
+        elif token[2] and stack and (start := stack.pop()) is not None:
+            spans.append((start, token.start()))
+    for start, end in sorted(spans, reverse=True):
+        if content := text[start:end].strip():
+            yield content
+
+
+def extract_boxed(text: str) -> str | None:
+    r"""The content of the last complete box; an unclosed or blank box is no answer.
+
+    >>> extract_boxed(r"\boxed{1}, no: \boxed{\frac{1}{2}}. So \boxed{ } or \boxed{")
+    '\\frac{1}{2}'
+    """
+    return next(_boxes(text), None)
+
+
+def student_reward(completion: str, gold: str) -> float:
+    r"""The paper's reward: 120 right box; 20 wrong box, but one of the last other formulas right; 10 any box; else 0.
+
+    >>> [student_reward(text, "7") for text in (r"\boxed{7}", r"$7$, so \boxed{8}", r"\boxed{8}", "7")]
+    [120.0, 20.0, 10.0, 0.0]
+    """
+    boxes = list(islice(_boxes(completion), 1 + MAX_GUESSES))
+    if not boxes or answers_equal(boxes[0], gold):
+        return RIGHT if boxes else 0.0
+    spans = ["".join(span) for span in re.findall(r"\$([^$]{1,200})\$|\\\((.{1,200}?)\\\)", completion)]
+    return 20.0 if any(answers_equal(guess, gold) for guess in (spans[::-1] + boxes[1:])[:MAX_GUESSES]) else 10.0
+
+
+# -- Step 1: one spelling.  Plain text (digits and single letters, no thousands: most answers) skips the rewriting.
+_PLAIN = re.compile(r"(?:[a-zA-Z](?![a-zA-Z])|[0-9=.+\-/()\[\]]|(?<!\d)\s|\s(?!\d)|,(?!\s*\d\d\d))*(?<![.,])")
+_NAMES = {"\\" + name: new for new, names in {        # commands that are layout or have a shorter spelling
+    " ": "left right big Big bigg Bigg bigl bigr displaystyle quad qquad", "": "overline", "¤": "textdollar", "=": "approx",
+    "\\frac": "dfrac tfrac cfrac", "≤": "le leq leqslant", "≥": "ge geq geqslant", "<": "lt", ">": "gt", "∈": "in",
+    "*": "cdot times", "/": "div", "∪": "cup", "|": "lvert rvert vert", "(": "langle", ")": "rangle rfloor rceil",
+    "{": "lbrace", "}": "rbrace", "\\floor(": "lfloor", "\\ceiling(": "lceil"}.items() for name in names.split()}
+_UNICODE = str.maketrans({"−": "-", "×": "*", "·": "*", "π": "\\pi ", "∞": "\\infty ", "√": "\\sqrt ", "±": "\\pm ",
+                          "€": "¤", "°": "^\\circ "})
+_UNITS = "cm|mm|km|mph|in|inch(?:es)?|feet|ft|meters?|miles?|units?|dollars?|cents?|pounds?|hours?|minutes?|days?|years?"
+_FUNCTIONS = {"ln": sympy.log, "arcsin": sympy.asin, "arccos": sympy.acos, "arctan": sympy.atan} | {
+    name: getattr(sympy, name) for name in "sin cos tan sec csc cot log floor ceiling Abs".split()}
+
+
+def _wording(match: re.Match) -> str:
+    r"""What \text{...} stands for: a comma, a function, plain content (digits, single letters) or a "quoted" word."""
+    word = match[1].strip()
+    if word.strip(" ,") in ("and", "or") or word in _FUNCTIONS:
+        return "\\" + word if word in _FUNCTIONS else ","
+    unit = word.isalpha() and re.search(r"\d\s*$", match.string[:match.start()])           # 5\text{ m} or \text{(E)}
+    plain = not unit and re.search(r"\d|^\W*[a-zA-Z]?(?:\W+[a-zA-Z])*\W*$", word)
+    return word if plain else f' "{word}" '
+
+
+def _mixed(match: re.Match) -> str:
+    r"""6\frac{1}{5} and "6 1/5" as a sum; 2\frac{3}{2}, perhaps a product, as nothing readable."""
+    whole, top, bottom = filter(None, match.groups())
+    return f"({whole}+{top}/{bottom})" if int(top) < int(bottom) else f"{whole}?{top}/{bottom}"
+
+
+_REWRITES = [(re.compile(pattern, re.A), new) for pattern, new in (
+    (r"\\\\", "¶"), (r"\\\$", "¤"), (r"\$|\\[()\[\]]|\\hspace\{[^{}]*\}", " "),        # row ends, money, delimiters
+    (r"(?<![.,\s])\s*[.,;\\]\s*$", ""),                                                # the end of a sentence
+    (r"(?<=\d)(?:\s*,\s*\\!\s*|\s*\{\s*,\s*\}\s*)(?=\d)", ""), (r"\\[,;:! ]|~", " "),  # thousands 5,\!460 10{,}000
+    (r"\\(?:text(?:bf|rm|it|sc|tt|normal)?|mbox|math(?:rm|bf|cal)|operatorname)\s*\{([^{}]*)\}", _wording),
+    (r"\\begin\{[pbvB]?(?:matrix|array)\}(?:\{[clr|]*\})?", "⟦"), (r"¶?\s*\\end\{[pbvB]?(?:matrix|array)\}", "⟧"),
+    (r"(?<=[\d})])\s*\\approx.*", ""), (r"\s*(?:\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree|\"?degrees?\b\"?)", "°"),
+    (r"\\[a-zA-Z]+", lambda match: _NAMES.get(match[0], match[0])), (r"\\([{}])", r"\1"), (r"\{([-,])\}", r"\1"),
+    (r"\\frac\s*(\w)", r"\\frac{\1}"), (r"(\\frac\{[^{}]*\})\s*(\w)", r"\1{\2}"),      # \frac43, \frac{270}7
+    (r"\|([^|]*)\|", r"\\Abs(\1)"), (r"[(\[]\s*(⟦[^⟧]*⟧)\s*[)\]]", r"\1"), (r"\*\*", "^"), ("<=", "≤"), (">=", "≥"),
+    (r"\\%|\"?\s*\b(?:percent|percentage|pct)\b\s*\"?", "%"), (r",?\s*\b(?:and|or)\b", ","), (r",(?:\s*,)+", ","),
+    (rf"(?<=[\d}})])\s*({_UNITS})\b\.?(?=\s*(?:$|,|\^))", r'"\1"'),
+    (r"(?<![a-zA-Z\\])(sqrt|pi|sin|cos|tan|log|ln)(?![a-z])", r"\\\1 "),
+    (r"(?<![\w.])(\d+)\s*(?:\\frac\s*\{(\d+)\}\s*\{(\d+)\}|(?<=\s)(\d+)/(\d+))", _mixed))]
+
+
+def _normalise(text: str) -> str:
+    """One spelling for one answer.  Commas are thousands only where the WHOLE answer is groups of three digits.
+
+    >>> [_normalise(text) for text in ("12,500", "0, 1", "[-36,104]")]
+    ['12500', '0,1', '[-36,104]']
+    """
+    text = text.strip()
+    if _PLAIN.fullmatch(text):
+        return "".join(text.split())
+    text = text.translate(_UNICODE)
+    for pattern, new in _REWRITES:
+        text = pattern.sub(new, text)
+    if re.fullmatch(r"\s*¤?\s*-?\d{1,3}(?:(?:[, ]\d{3})+(?:\.\d+)?|(?:,\s*\d{3}){2,})\s*¤?\s*", text, re.A):
+        text = re.sub(r"[,\s]", "", text)
+    return re.sub(r"\s+(?![0-9A-Za-z])|(?<![0-9A-Za-z])\s+", "", text)                 # "4 5" stays two numbers
+
+
+# -- Step 2a: values.
+_CONSTANTS = {"i": sympy.I, "e": sympy.E, r"\pi": sympy.pi, r"\infty": sympy.oo}
+_GREEK = r"\\(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|phi|varphi|rho|sigma|tau|omega|ell|triangle|angle)"
+_TOKEN = re.compile(r"\d+(?:\.\d+)?|\.\d+|\\[a-zA-Z]+|[a-zA-Z]'*(?:_(?:\w|\{\w+\}))?|\S", re.A)
+
+
+@lru_cache(maxsize=4096)
+def _at_point(value, k: int):
+    """The number of an expression at point k, where a hash of a symbol's name and of k is the symbol's number.
+
+    From the leaves up, each node once: sympy's own evalf takes exponential time for towers of powers and of logarithms.
+    """
+    if value.is_Symbol:
+        return sympy.Rational(zlib.crc32(f"{value.name}{k}".encode()) % 997 + 250, (499, 97, 61, -499)[k % 4])
+    number = value.func(*(_at_point(arg, k) for arg in value.args)) if value.args else value
+    return number if number.is_Rational else number.evalf(DIGITS)     # polynomials and exponents stay exact
+
+
+def _size(number):
+    """abs(), of which sympy's own is slow for complex numbers."""
+    real, imaginary = number.as_real_imag()
+    return abs(real) if imaginary == 0 else (real ** 2 + imaginary ** 2) ** sympy.S.Half
+
+
+def _capped(value, limit: int):
+    """The value, unless its size (with symbols: at the point of the largest numbers) is above the limit.
+
+    It will stand in an exponent or a function, where sympy's time is exponential in the nesting: six levels are enough.
+    """
+    if len(value.atoms(sympy.Function, sympy.Pow)) > 6 or not _size(_at_point(value, 2)) <= limit:
+        raise ValueError
+    return value
+
+
+def _checked(value):
+    """The value, unless it is undefined (1/0) or its digits are too many."""
+    number = value.as_coeff_Mul()[0]
+    if value.has(sympy.zoo, sympy.nan) or number.is_Rational and max(abs(number.p), number.q).bit_length() > MAX_BITS:
+        raise ValueError
+    return value
+
+
+def _power(base, exponent):
+    """base ** exponent.  Every level of a tower passes here, the innermost first, so no tower gets far."""
+    size = _size(_at_point(base, 2))
+    bits = int(max(abs(base.p), base.q) if base.is_Rational else size + 1 / size).bit_length()
+    _capped(exponent, MAX_BITS // bits)
+    if base.is_Rational and not exponent.is_Integer and bits > MAX_ROOT_BITS:
+        raise ValueError                              # sympy would try to factor it
+    return _checked(base ** exponent)
+
+
+def _parse(tokens: list[str], level: int = 0, stop: str = ""):
+    """The longest value at the end of the reversed tokens whose operators bind tighter than `level` (a Pratt parser)."""
+    token = tokens.pop()
+    if token in "+-":
+        value = _parse(tokens, 1, stop) * (-1 if token == "-" else 1)
+    elif token in "([{":
+        value = _parse(tokens)
+        if tokens.pop() != {"(": ")", "[": "]", "{": "}"}[token]:
+            raise ValueError
+    elif token[0] in "0123456789.":
+        value = sympy.Rational(token)
+    elif token == r"\frac":
+        value = _parse(tokens, 9) * _power(_parse(tokens, 9), sympy.S.NegativeOne)
+    elif token == r"\binom":
+        value = sympy.binomial(*(_capped(_parse(tokens, 9), MAX_FACTORIAL) for _ in "nk"))
+    elif token == r"\sqrt":
+        degree = _parse(tokens, 9) if tokens[-1] == "[" else 2
+        value = _power(_parse(tokens, 9), sympy.S.One / degree)
+    elif token[1:] in _FUNCTIONS:
+        value = _function(token[1:], tokens)
+    elif token in _CONSTANTS or token[0].isalpha() or re.fullmatch(_GREEK, token):
+        value = _CONSTANTS.get(token) or sympy.Symbol(re.sub("[_{}]", "", token))
+    else:
+        raise ValueError
+    while tokens and (token := tokens[-1]) not in ")]}" and token not in stop.split():
+        binds = {"+": 1, "-": 1, "^": 3, "!": 3}.get(token, 2)
+        if binds <= level:
+            break
+        if token in "+-*/^!":
+            tokens.pop()
+        elif token[0] in "0123456789.":
+            raise ValueError                          # "4 5" is no product
+        if token == "!":
+            value = sympy.factorial(_capped(value, MAX_FACTORIAL))
+        elif token == "^":
+            value = _power(value, -_parse(tokens, 9) if tokens[-1] == "-" and tokens.pop() else _parse(tokens, 9))
+        elif token in "+-":
+            value = value + _parse(tokens, 1, stop) * (-1 if token == "-" else 1)
+        else:
+            right = _parse(tokens, 2, stop)
+            value = value * (_power(right, sympy.S.NegativeOne) if token == "/" else right)
+        value = _checked(value)
+    return _checked(value)
+
+
+def _function(name: str, tokens: list[str]):
+    base = _parse(tokens, 9) if tokens[-1] == "_" and tokens.pop() else sympy.E
+    power = _parse(tokens, 9) if tokens[-1] == "^" and tokens.pop() else sympy.S.One
+    if tokens[-1] in "({":
+        argument = _parse(tokens, 9)
+    else:
+        argument = _parse(tokens, 1, r"\sin \cos \tan \sec \csc \cot \log")     # \sin 2x + 1 is sin(2x) + 1
+    return _power(_checked(_FUNCTIONS[name](_capped(argument, MAX_BITS)) / sympy.log(base)), power)
+
+
+# -- Step 2b: answers.  A reading is a value (int, Fraction, sympy expression) or a tuple that starts with its kind.
+_NUMBER = re.compile(r"-?(?:\d+|\d*\.\d+)", re.A)     # re.A: int() itself would also take Arabic-Indic digits
+_FRACTION = re.compile(r"(-?)(?:\\frac\{(-?\d+)\}\{(\d+)\}|(\d+)/(\d+))", re.A)
+_LABEL = re.compile(rf"(?:[a-zA-Z]+|{_GREEK})'*(?:_(?:\w|{{[^{{}}]*}}))?(?:\([a-zA-Z]\))?|\([a-zA-Z](?:,[a-zA-Z])+\)")
+_QUANTITY = re.compile(r"""(-?)(¤?)(.+?)("[^"]*"(?:\^\{?[23]\}?)?|%|°|¤|(?<=\d)_(?:\d+|\{\d+\}))?""")
+_NO_UNIT = re.compile(r"\b(?:or|and|than|more|less|least|most|not|is|are|only|of|no)\b|\S+ \S+ \S+ ")
+_FLIP = str.maketrans("<>≤≥", "><≥≤")
+
+
+def _split(text: str, separators: str) -> list[str]:
+    """Cut at the separators outside brackets."""
+    if not re.search(r"[([{⟦]", text):
+        return re.split(f"[{separators}]", text)
+    depths = list(accumulate((char in "([{⟦") - (char in ")]}⟧") for char in text))
+    if max(depths) > MAX_DEPTH:
+        raise ValueError
+    cuts = [-1, *(i for i, depth in enumerate(depths) if depth == 0 and text[i] in separators), len(text)]
+    return [text[i + 1:j] for i, j in zip(cuts, cuts[1:])]
+
+
+def _value(text: str):
+    """An int or a Fraction, without sympy, where the text is one; otherwise what `_parse` makes of it."""
+    if _NUMBER.fullmatch(text):
+        return Fraction(text) if "." in text else int(text)
+    if (match := _FRACTION.fullmatch(text)) and int(match[3] or match[5]):
+        return Fraction(int(match[2] or match[4]), int(match[3] or match[5])) * (-1 if match[1] else 1)
+    if re.search(r"(?<![a-zA-Z\\])[a-zA-Z]{4}", text):
+        raise ValueError                              # four letters in a row are a word
+    tokens = _TOKEN.findall(text.replace("°", r"*\pi/180"))[::-1]
+    value = _parse(tokens)
+    if tokens:
+        raise ValueError
+    return Fraction(value.p, value.q) if value.is_Rational else value
+
+
+def _read(text: str):
+    """The reading of a whole answer or of a set: its only item, or ("list", items)."""
+    items = []
+    for part in _split(text, ",;∪"):
+        for sign in "+-" if r"\pm" in part else "+":
+            item = _item(part.replace(r"\pm", sign))
+            items += item[1] if _kind(item) == "list" else [item]
+    return items[0] if len(items) == 1 else ("list", items)
+
+
+def _item(text: str):
+    """A value, ("ordered", brackets, items) for tuples, intervals, matrices and ratios, or ("unit", value, unit)."""
+    if _NUMBER.fullmatch(text):
+        return _value(text)
+    if len(parts := re.split("([=<>≤≥∈])", text)) > 1:
+        return _relation(parts)
+    if text[0] in "([{⟦" and _split(text, ")]}⟧")[1:] == [""]:        # one pair of brackets encloses all
+        if text[0] == "{":
+            return _read(text[1:-1])
+        if text[0] == "⟦":
+            return ("ordered", "⟦", [("ordered", "⟦", [_value(x) for x in row.split("&")]) for row in text[1:-1].split("¶")])
+        if len(parts := _split(text[1:-1], ",;")) > 1:
+            return ("ordered", text[0] + text[-1], [_item(part) for part in parts])
+    if ":" in text:
+        return ("ordered", ":", [_value(part) for part in text.split(":")])
+    sign, money, number, unit = _QUANTITY.fullmatch(text).groups()
+    if unit and _NO_UNIT.search(unit):
+        raise ValueError                              # "12 or more" is not 12
+    if unit == "°" and re.search(r"\\(?:sin|cos|tan|sec|csc|cot)", number):
+        return _value(text)
+    unit = "dollars" if money or unit == "¤" else unit
+    value = _value(sign + number)
+    return ("unit", value, re.sub(r'[{}"\s]|^"\s*(?:square|sq|cubic)\b\.?', "", unit)) if unit else value
+
+
+def _relation(parts: list[str]):
+    r"""("label", name, reading) for x=1 and x\in(0,1), with an interval for 0<x<1; ("zero", value) for other equations."""
+    if len(parts) == 5:
+        name, limits = parts[2], [(parts[1].translate(_FLIP), parts[0]), (parts[3], parts[4])]
+    else:
+        left, sign, right = parts                     # a longer chain fails here and is unreadable
+        flip = _LABEL.fullmatch(right) and not _LABEL.fullmatch(left)
+        name, limits = (right, [(sign.translate(_FLIP), left)]) if flip else (left, [(sign, right)])
+        if sign == "=" and not _LABEL.fullmatch(name):
+            return _scaled(sympy.sympify(_value(left) - _value(right)))
+    if not _LABEL.fullmatch(name) or len(limits) == 2 and not {parts[1], parts[3]} <= set("<>≤≥"):
+        raise ValueError                              # 4=5=6 is no answer
+    low, high = ("(", -sympy.oo), (")", sympy.oo)
+    for sign, limit in limits:
+        if sign in "=∈":
+            return ("label", name, _item(limit))
+        if sign in ">≥":
+            low = ("(["[sign == "≥"], _value(limit))
+        else:
+            high = (")]"[sign == "≤"], _value(limit))
+    return ("label", name, ("ordered", low[0] + high[0], [low[1], high[1]]))
+
+
+def _scaled(zero):
+    """An equation as ("zero", left - right), divided by its number at point 0: multiples of it become the same."""
+    if not zero.free_symbols:
+        raise ValueError
+    return ("zero", zero / _at_point(zero, 0))
+
+
+# -- Step 3: comparing.
+def _kind(reading) -> str:
+    return reading[0] if isinstance(reading, tuple) else "value"
+
+
+def _equal_values(a, b) -> bool:
+    if a == b or isinstance(a, (int, Fraction)) and isinstance(b, (int, Fraction)):
+        return a == b
+    a, b = sympy.sympify(a), sympy.sympify(b)
+    steps = any(value.has(sympy.Abs, sympy.floor, sympy.ceiling) for value in (a, b))     # need many and negative points
+    for k in range(12 if steps else 3) if a.free_symbols | b.free_symbols else [0]:
+        x, y = _at_point(a, k), _at_point(b, k)
+        if not _size(x - y) <= (0 if x.is_Rational and y.is_Rational else NEAR * max(_size(x), _size(y))):
+            return False
+    return not a.is_infinite and not b.is_infinite
+
+
+def _same(a, b) -> bool:
+    kinds = _kind(a), _kind(b)
+    if "zero" in kinds or kinds == ("label", "label") and a[1] != b[1]:
+        zeros = [_scaled(_value(x[1]) - x[2]) if _kind(x) == "label" and isinstance(x[2], sympy.Expr) else x for x in (a, b)]
+        return all(_kind(x) == "zero" for x in zeros) and _equal_values(zeros[0][1], zeros[1][1])
+    if "label" in kinds:                              # one label alone is free: x=5 equals 5
+        return _same(a[2] if kinds[0] == "label" else a, b[2] if kinds[1] == "label" else b)
+    if kinds == ("list", "list"):
+        return _same_lists(a[1], b[1])
+    if kinds == ("ordered", "ordered"):
+        return a[1] == b[1] and len(a[2]) == len(b[2]) and all(map(_same, a[2], b[2]))
+    return set(kinds) <= {"unit", "value"} and _same_quantities(a, b)
+
+
+def _same_quantities(a, b) -> bool:
+    """Units matter where both sides have one, and then by first letter (in, inches); 7% is 7 and also 0.07."""
+    (x, unit), (y, other) = (z[1:] if isinstance(z, tuple) else (z, "") for z in (a, b))
+    if unit and other:
+        return (unit == other if "_" in unit + other else unit[0] == other[0]) and _equal_values(x, y)
+    return _equal_values(x, y) or "%" in (unit, other) and _equal_values(x if unit else 100 * x, y if other else 100 * y)
+
+
+def _same_lists(a: list, b: list) -> bool:
+    """Equal as multisets; but bare values can stand for labelled ones (a=1,b=2) in the same order only."""
+    labels = [len({x[1] for x in items if _kind(x) == "label"}) for items in (a, b)]
+    if len(a) != len(b) or max(labels) > 1 and 0 in labels:
+        return len(a) == len(b) and all(map(_same, a, b))
+    rest = list(b)
+    for x in a:
+        match = next((i for i, y in enumerate(rest) if _same(x, y)), None)
+        if match is None:
+            return False
+        del rest[match]
+    return True
+
+
+def _understand(text: str) -> tuple:
+    """(normalised text, reading), the reading None for words and for whatever is beyond the caps."""
+    text = _normalise(text) if len(text) <= MAX_CHARS else ""
+    try:
+        return text, _read(text) if text.count("\\") <= MAX_COMMANDS else None
+    except Exception:                                 # sympy can raise nearly anything
+        return text, None
+
+
+def parses(text: str) -> bool:
+    r"""Whether the text reads as mathematics throughout; words do not, not even as \text{...}.
+
+    >>> [parses(text) for text in ("a= 56 ,b= 54", r"\frac{3}{4}", "x+", "4=5=6", "hello world")]
+    [True, True, False, False, False]
+    """
+    return _understand(text)[1] is not None
+
+
+@lru_cache(maxsize=1 << 16)  # the completions of a group repeat each other
+def answers_equal(prediction: str, gold: str) -> bool:
+    r"""Whether two answers are the same mathematics; False for what cannot be read, and never an exception.
+
+    >>> answers_equal(r"2\sqrt2", r"\sqrt{8}"), answers_equal("b=2, a=1", "a=1,b=2"), answers_equal("(1,2)", "(2,1)")
+    (True, True, False)
+    """
+    if prediction.strip() == gold.strip():
+        return True
+    (left, a), (right, b) = _understand(prediction), _understand(gold)
+    if left == right != "":
+        return True
+    try:
+        if a is not None and b is not None:
+            return _same(a, b)
+    except Exception:                                 # numerical evaluation can fail, for instance at a pole
+        return False
+    left, right = (re.sub(r'[\s"]', "", text).lower() for text in (left, right))      # words: "Odd" and \text{odd}
+    return left == right and not re.search(r"\d|^$", left)            # "4 5" is no word, and not 45
+
+
+# ======================================================================================================================
+# 3. Problems: where do the real ones come from?
+# ======================================================================================================================
+
+
+@dataclass(frozen=True)
+class Problem:
+    question: str
+    answer: str  # LaTeX, without \boxed{} and without $
+
+
+def read_jsonl(path: str) -> list[Problem]:
+    """One JSON object a line, fields `problem` (or `question`) and `answer`. Raises UserError that names the bad line."""
+    problems = []
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}; --dataset takes tiny, math, harp, olympiad or a JSONL file") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise UserError(f"{path}, line {number}: not JSON; every line must be one JSON object") from None
+        if not isinstance(row, dict) or not isinstance(row.get("problem", row.get("question")), str) or "answer" not in row:
+            raise UserError(f"{path}, line {number}: needs the fields problem (or question) and answer") from None
+        question, answer = str(row.get("problem", row.get("question"))).strip(), str(row["answer"]).strip()
+        if not question or not answer:
+            raise UserError(f"{path}, line {number}: the {'answer' if question else 'problem'} is empty")
+        problems.append(Problem(question, answer))
+    return problems
+
+
+def load_problems(dataset: str) -> list[Problem]:
+    """The pool of a real data set. Raises UserError when the file is bad or the hub cannot be reached."""
+    if dataset not in ("math", "harp", "olympiad"):
+        return read_jsonl(dataset)
+    from datasets import load_dataset  # only here: a run on a file needs no hub library
+    try:
+        if dataset == "math":  # the TEST split: models have memorised part of the train split (paper, section 4)
+            rows = load_dataset("DigitalLearningGmbH/MATH-lighteval", split="test")
+            pairs = [(row["problem"], extract_boxed(row["solution"])) for row in rows]
+        elif dataset == "harp":
+            url = "https://github.com/aadityasingh/HARP/raw/main/HARP.jsonl.zip"
+            pairs = [(row["problem"], row["answer"]) for row in load_dataset("json", data_files=url, split="train")]
+        else:
+            rows = load_dataset("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", split="train")
+            pairs = [(row["question"], row["final_answer"][0]) for row in rows]
+    except Exception as error:  # the hub's libraries raise dozens of kinds
+        raise UserError(f"cannot load {dataset} from the hub ({type(error).__name__}); "
+                        "check the network, or give a local file with --dataset FILE.jsonl") from None
+    # Dollar signs that open and close mathematics go, `\\$` for money stays.
+    return [Problem(question, re.sub(r"(?<!\\)\$", "", answer)) for question, answer in pairs if answer]
+
+
+# ======================================================================================================================
+# 4. The tiny world: what is the smallest world in which all this happens?
+# ======================================================================================================================
+
+# A language model has read two kinds of text. Forum posts, where people solve worksheets and share the same misconceptions:
+# "everybody knows" that 7*8 is 54. Textbooks, where exercises come with answer keys that are mostly right. So the model solves
+# like the crowd and writes exercises like a textbook: it knows more than it shows, as SOAR assumes of a real model.
+#
+#     User: a= 7*8 ,b= 4+5 Assistant: \boxed{ a= 54 ,b= 9 }                                        a forum post
+#     Teacher: <question> a= 7*8 </question> <answer> \boxed{ a= 56 } </answer>                    a textbook exercise
+#
+# A hard problem is a sheet of five products that the crowd has all wrong. The model gets one right with probability 0.05, five
+# with 0.05^5 = 3e-7: the 400,000 or so attempts of a whole run would see 0.1 successes. Short sheets do get rewards, and
+# what is learnt there carries over, because it is one switch for all facts: from the crowd's voice to the textbook's.
+#
+# A textbook chapter is on products, on sums (which the student knows: nothing to learn), or ambiguous: `x*8` with a key for
+# some x (no way to learn). It is the teacher's business to find out which of them help.
+
+FORUM_RIGHT, KEY_RIGHT = 0.05, 0.95  # chance that a misconceived product is right in a forum post / in a textbook's key
+LABELS = ("a=", ",b=", ",c=", ",d=", ",e=")  # one label an item: without them a small model cannot align answers
+TOPICS = ("products", "sums", "ambiguous")
+CHAPTERS = ("products", "products", "sums", "ambiguous")  # of a textbook
+
+
+@dataclass(frozen=True)
+class World:
+    """What the crowd believes: {(a, b): a wrong product} for the misconceived ones among the products of 4..9."""
+    misconceptions: dict[tuple[int, int], int]
+
+    def crowd(self, x: int, y: int) -> int:
+        return self.misconceptions.get((min(x, y), max(x, y)), x * y)
+
+
+def make_world(seed: int) -> World:
+    """Draw which four fifths of the products the crowd has wrong, and how: by one factor, by one or by ten."""
+    rng = random.Random(f"world {seed}")
+    facts = [(x, y) for x in range(4, 10) for y in range(x, 10)]  # 21
+    wrong = {}
+    for x, y in rng.sample(facts, round(0.8 * len(facts))):
+        misses = {x * y + d for d in (x, -x, y, -y, 1, -1, 10, -10)} - {x * y}
+        wrong[x, y] = rng.choice(sorted(misses))
+    return World(wrong)
+
+
+def worksheet(parts: list) -> str:
+    """Labelled items, questions and answers alike.
+
+    >>> worksheet(["7*8", "4+5"]), worksheet([56, 9])
+    ('a= 7*8 ,b= 4+5', 'a= 56 ,b= 9')
+    """
+    return " ".join(f"{label} {part}" for label, part in zip(LABELS, parts))
+
+
+def random_item(rng: random.Random, topic: str) -> tuple[str, int, int]:
+    """(text, x, y) with x and y in 4..9."""
+    x, y = rng.randint(4, 9), rng.randint(4, 9)
+    return {"products": f"{x}*{y}", "sums": f"{x}+{y}", "ambiguous": f"x*{y}"}[topic], x, y
+
+
+def forum_post(world: World, rng: random.Random) -> tuple[str, str]:
+    """(worksheet, solution): 80 % products, 20 % sums, and the crowd's misconceptions are nearly always repeated."""
+    questions, answers = [], []
+    for _ in range(rng.randint(1, 5)):
+        topic = "products" if rng.random() < 0.8 else "sums"
+        item, x, y = random_item(rng, topic)
+        right = topic == "sums" or rng.random() < FORUM_RIGHT
+        questions.append(item)
+        answers.append(x + y if topic == "sums" else x * y if right else world.crowd(x, y))
+    return worksheet(questions), worksheet(answers)
+
+
+def textbook_exercise(world: World, rng: random.Random) -> tuple[str, str]:
+    """(worksheet, answer key), on one topic."""
+    topic = rng.choice(CHAPTERS)
+    questions, answers = [], []
+    for _ in range(rng.randint(1, 5)):
+        item, x, y = random_item(rng, topic)
+        questions.append(item)
+        answers.append(x + y if topic == "sums" else x * y if rng.random() < KEY_RIGHT else world.crowd(x, y))
+    return worksheet(questions), worksheet(answers)
+
+
+def hard_worksheets(world: World, count: int, seed: int) -> list[Problem]:
+    """`count` different sheets of five different products that the crowd has all wrong."""
+    rng, facts = random.Random(f"hard {seed}"), sorted(world.misconceptions)
+    problems = {}
+    while len(problems) < count:
+        pairs = [rng.choice((pair, pair[::-1])) for pair in rng.sample(facts, 5)]
+        sheet = worksheet([f"{x}*{y}" for x, y in pairs])
+        problems[sheet] = Problem(sheet, worksheet([x * y for x, y in pairs]))
+    return list(problems.values())
+
+
+def topic_of(question: str) -> str:
+    """products, sums, ambiguous (it has an unknown x) or other (mixed, or no worksheet at all)."""
+    if not re.fullmatch(r"a= [\dx][*+]\d( ,[b-e]= [\dx][*+]\d)*", question):
+        return "other"
+    if "x" in question:
+        return "ambiguous"
+    return "products" if "+" not in question else "sums" if "*" not in question else "other"
+
+
+def topic_shares(problems: list[Problem]) -> dict[str, float]:
+    counts = Counter(topic_of(problem.question) for problem in problems)
+    return {topic: counts[topic] / len(problems) for topic in (*TOPICS, "other")}
+
+
+# ======================================================================================================================
+# 5. Policy: what is it that plays the teacher and the students?
+# ======================================================================================================================
+# One letter a dimension, from here to the end: B sequences, G completions of one prompt (an RLOO group), T tokens,
+# D hidden size, V vocabulary.
+
+STUDENT_PROMPT = """User: {problem}
+Think step by step, and end with the final answer inside \\boxed{}.
+
+Assistant:"""
+# The teacher never sees a hard problem, and no examples either: shown some, it copies them (paper, appendix).
+TEACHER_PROMPT = """You write practice problems for a mathematics assistant that wants to improve.
+
+Invent exactly one new problem, from one of these subjects: Algebra, Counting and Probability, Geometry, Intermediate
+Algebra, Number Theory, Prealgebra, Precalculus. It must be original and challenging: a solution takes at least two or
+three steps. Then solve it yourself. Give the result in exactly this form, with all other text outside of the tags:
+
+<question>the problem</question><answer>\\boxed{the final answer}</answer>
+
+"""
+TINY_TEACHER_PROMPT, TINY_STUDENT_PROMPT = "Teacher:", "User: {problem} Assistant:"
+
+
+class Meter:
+    """Seconds by phase and tokens by kind of one outer step, and the phase in which an error happened."""
+
+    def __init__(self):
+        self.seconds, self.tokens, self.current = Counter(), Counter(), "loading"
+
+    @contextlib.contextmanager
+    def phase(self, name: str):
+        outer, self.current, start = self.current, name, time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - start
+        self.current = outer  # after an error this line is not reached: main() reads where it happened
+
+
+@dataclass
+class Policy:
+    """ONE live model, in which the teacher and the students take turns, and what is needed to talk to it."""
+    model: torch.nn.Module
+    reference: torch.nn.Module | None  # the frozen base model, for the KL term
+    tokenizer: object
+    teacher_text: str
+    student_text: str  # contains {problem}
+    chat: bool
+    base: list[torch.Tensor]  # the weights that the run starts from, in host memory
+    meter: Meter
+
+    def encode(self, text: str) -> list[int]:
+        if not self.chat:
+            return self.tokenizer(text).input_ids  # with BOS where the tokenizer has one
+        turn = [{"role": "user", "content": text}]
+        text = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer(text, add_special_tokens=False).input_ids  # the template has written BOS already
+
+    def teacher_prompt(self) -> list[int]:
+        return self.encode(self.teacher_text)
+
+    def student_prompt(self, problem: Problem) -> list[int]:
+        return self.encode(self.student_text.replace("{problem}", problem.question))  # no format(): LaTeX is full of {}
+
+
+def read_prompt(path: str, builtin: str, must_contain: str = "") -> str:
+    """The text of a prompt file, or the built-in prompt where no file is given. Raises UserError."""
+    if not path:
+        return builtin
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the prompt file {path}: {error}") from None
+    if not text.strip() or must_contain not in text:
+        raise UserError(f"the prompt file {path} must contain {must_contain or 'some text'}")
+    return text
+
+
+def load_model(path: str, config: Config) -> tuple:
+    """(model, tokenizer) from the hub or a folder, in eval mode: bfloat16 on a GPU, float32 on a CPU (where bfloat16 is slow).
+
+    Raises UserError when there is no such model, it is gated, or the network is missing.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # missing, gated, offline, truncated: transformers raises all kinds
+        if "gated" in str(error):
+            raise UserError(f"the model {path} is gated: accept its licence on the hub and log in, or take an ungated copy") from None
+        raise UserError(f"the model {path} cannot be loaded ({str(error).strip().splitlines()[0]}); "
+                        "give a hub id (needs the network once) or a complete local folder") from None
+    assert getattr(model.config, "attention_dropout", 0.0) == 0.0  # else training would not be on-policy
+    try:
+        return model.to(device).eval(), tokenizer
+    except (RuntimeError, AssertionError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UserError(f"--device {device} does not work here ({str(error).splitlines()[0]}); leave the flag out") from None
+
+
+def snapshot(model) -> list[torch.Tensor]:
+    """A copy of all weights in host memory. Tied weights (embedding and output layer) appear once."""
+    return [p.detach().to("cpu", copy=True) for p in model.parameters()]
+
+
+@torch.no_grad()
+def restore(model, weights: list[torch.Tensor]) -> None:
+    """Copy a snapshot back IN PLACE: whoever holds the parameters (an optimizer, a captured graph) sees the new values."""
+    for p, w in zip(model.parameters(), weights, strict=True):
+        p.copy_(w)
+
+
+def load_policy(path: str, config: Config, meter: Meter) -> Policy:
+    model, tokenizer = load_model(path, config)
+    if config.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    tiny = config.dataset == "tiny"
+    return Policy(
+        model, load_model(path, config)[0] if config.kl else None, tokenizer,
+        read_prompt(config.teacher_prompt, TINY_TEACHER_PROMPT if tiny else TEACHER_PROMPT),
+        read_prompt(config.student_prompt, TINY_STUDENT_PROMPT if tiny else STUDENT_PROMPT, "{problem}"),
+        config.chat, snapshot(model), meter)
+
+
+# ======================================================================================================================
+# 6. Sampler: how are completions drawn, fast, and from exactly the policy that is trained?
+# ======================================================================================================================
+
+
+def eos_ids(model) -> set[int]:
+    """A SET: instruct models end a turn with any of several tokens."""
+    ids = model.generation_config.eos_token_id
+    return set(ids) if isinstance(ids, (list, tuple)) else {ids}
+
+
+def pick_tokens(logits, temperature: float, greedy: bool, uniforms):
+    """[B, V] logits, [B] uniforms in [0, 1) -> [B] tokens: greedy, or the inverse of the cumulative distribution at u.
+
+    No top-k and no top-p: under a truncated distribution the score function has not mean zero, and policy gradients are
+    wrong. One uniform number a row, drawn beforehand, so that a row's tokens do not depend on which other rows are alive.
+    """
+    if greedy:
+        return logits.argmax(-1)
+    cdf = (logits.float() / temperature).softmax(-1).cumsum(-1)  # [B, V]
+    target = uniforms[:, None] * cdf[:, -1:]  # [B, 1]; rounding may leave the last entry a little off 1
+    return torch.searchsorted(cdf, target, right=True)[:, 0].clamp_(max=cdf.shape[1] - 1)
+
+
+@torch.inference_mode()
+def generate(model, prompts: list[list[int]], n: int, max_new_tokens: int, temperature: float = 1.0, greedy: bool = False,
+             generator: torch.Generator | None = None):
+    """n completions of each of P prompts -> (tokens [P*n, max_new_tokens], zero-padded; lengths [P*n]), prompt by prompt.
+
+    A length counts the tokens up to and including EOS: ending is an action of the policy like any other, and gets its share
+    of the gradient. Masks are made from lengths, never from `token != pad`, since in many models pad IS EOS.
+    """
+    from transformers import DynamicCache
+    assert not model.training, "in train mode with gradient checkpointing, transformers drops the KV cache: wrong tokens"
+    eos = torch.tensor(sorted(eos_ids(model)), device=model.device)
+    P, T = len(prompts), max(map(len, prompts))
+    ids, mask = torch.zeros(P, T, dtype=torch.long), torch.zeros(P, T, dtype=torch.long)
+    for row, prompt in enumerate(prompts):  # padded on the LEFT, so that all prompts end in the same column
+        ids[row, T - len(prompt):], mask[row, T - len(prompt):] = torch.tensor(prompt), 1
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    position = (mask.cumsum(-1) - 1).clamp(min=0)  # [P, T]: the first real token has position 0 in every row
+    # Prefill each prompt once, then copy its cache to its n rows.
+    cache = DynamicCache()
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True,
+                   logits_to_keep=1).logits[:, -1]  # [P, V]
+    if not torch.isfinite(logits).all():
+        raise UserError("the model's logits are NaN or infinite: its weights are damaged, or the learning rate was too high")
+    cache.batch_repeat_interleave(n)
+    logits, mask, position = (x.repeat_interleave(n, 0) for x in (logits, mask, position[:, -1:]))  # B = P*n rows
+    tokens = torch.zeros(P * n, max_new_tokens, dtype=torch.long, device=model.device)  # [B, max_new_tokens]
+    lengths = torch.zeros(P * n, dtype=torch.long, device=model.device)  # [B]
+    uniforms = torch.rand(max_new_tokens, P * n, generator=generator).to(model.device)
+    alive = torch.arange(P * n, device=model.device)  # output row of each row that is still in the batch
+    for t in range(max_new_tokens):
+        token = pick_tokens(logits, temperature, greedy, uniforms[t, alive])
+        tokens[alive, t], lengths[alive] = token, t + 1
+        going = (~torch.isin(token, eos)).nonzero()[:, 0]
+        if len(going) == 0 or t + 1 == max_new_tokens:
+            break
+        if len(going) < len(alive):  # finished rows leave the batch, and their cache with them
+            cache.batch_select_indices(going)
+            alive, token, mask, position = alive[going], token[going], mask[going], position[going]
+        mask, position = torch.cat([mask, mask.new_ones(len(mask), 1)], 1), position + 1
+        logits = model(input_ids=token[:, None], attention_mask=mask, position_ids=position, past_key_values=cache,
+                       use_cache=True).logits[:, -1]
+    return tokens, lengths
+
+
+@dataclass
+class Rollout:
+    prompt: list[int]
+    completion: list[int]  # the sampled ids, with EOS: never decoded and encoded again, which can give other tokens
+    text: str  # of the completion, without EOS
+    truncated: bool  # the limit came before EOS
+
+
+def sample(policy: Policy, prompts: list[list[int]], n: int, max_new_tokens: int, config: Config, generator=None,
+           greedy: bool = False) -> list[Rollout]:
+    """n rollouts of each prompt, prompt by prompt, with at most --sample-rows of them side by side."""
+    rollouts, eos, model = [], eos_ids(policy.model), policy.model
+    with policy.meter.phase("sampling"):
+        for start in range(0, len(prompts), step := max(1, config.sample_rows // n)):
+            chunk, parts = prompts[start:start + step], []
+            for done in range(0, n, config.sample_rows):  # more than one part only where n alone is too wide
+                width = min(n - done, config.sample_rows)
+                tokens, lengths = generate(model, chunk, width, max_new_tokens, config.temperature, greedy, generator)
+                parts.append([ids[:length] for ids, length in zip(tokens.tolist(), lengths.tolist())])
+            rows = parts[0] if len(parts) == 1 else sum(parts, [])  # several parts: one prompt, so the order holds
+            policy.meter.tokens["sampled"] += sum(map(len, rows))
+            ended = [ids[-1] in eos for ids in rows]
+            texts = policy.tokenizer.batch_decode([ids[:len(ids) - end] for ids, end in zip(rows, ended)],
+                                                  clean_up_tokenization_spaces=False, skip_special_tokens=True)
+            rollouts += [Rollout(chunk[i // n], ids, text, not end)
+                         for i, (ids, text, end) in enumerate(zip(rows, texts, ended))]
+    return rollouts
+
+
+def solve(policy: Policy, problems: list[Problem], n: int, config: Config, generator=None, greedy: bool = False):
+    """n attempts at each problem by the live model -> (rollouts, float64 rewards [B]), B = len(problems) * n."""
+    prompts = [policy.student_prompt(problem) for problem in problems]
+    rollouts = sample(policy, prompts, n, config.student_tokens, config, generator, greedy)
+    with policy.meter.phase("grading"):
+        rewards = [student_reward(rollout.text, problems[i // n].answer) for i, rollout in enumerate(rollouts)]
+    return rollouts, torch.tensor(rewards, dtype=torch.float64)
+
+
+def greedy_right(policy: Policy, problems: list[Problem], config: Config):
+    """[len(problems)] float64: 1 where the live model's greedy answer is right. Greedy, because it has no sampling noise."""
+    return (solve(policy, problems, 1, config, greedy=True)[1] == RIGHT).double()
+
+
+# ======================================================================================================================
+# 7. The hard set: which problems does the base model never solve?
+# ======================================================================================================================
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Chance that k of n samples, c of them right, contain a right one: 1 - C(n-c, k) / C(n, k), as a product.
+
+    >>> pass_at_k(4, 1, 2)      # 6 pairs of 4 samples, 3 of them with the right one
+    0.5
+    """
+    return 1.0 - math.prod((n - c - i) / (n - i) for i in range(k))
+
+
+def write_json(path: Path, value) -> None:
+    """All or nothing: a run killed while writing leaves the old file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1))
+    os.replace(temporary, path)
+
+
+def hard_problems(policy: Policy, pool: list[Problem], config: Config) -> list[Problem]:
+    """fail@k: the problems of the pool that the live model fails k times of k (paper, section 4).
+
+    In rounds, up to 8, 32 and k samples: a problem leaves at its first success, so the easy ones cost 8 samples and the set
+    is the same. The state is written after each batch of problems, under a name made of all that the answer depends on
+    (weights, prompt, problems, k and the sampling flags); an interrupted filter goes on, a finished one is read.
+    """
+    weights = hashlib.sha256()
+    for p in policy.model.parameters():
+        weights.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    key = fingerprint(weights.hexdigest(), policy.student_text, policy.chat, config.k, config.temperature,
+                      config.student_tokens, config.data_seed, [(p.question, p.answer) for p in pool])
+    path = Path(config.cache) / f"hard-{key}.json"
+    state = {"samples": 0, "alive": list(range(len(pool))), "next": 0, "failed": []}
+    if path.exists():
+        try:
+            state = json.loads(path.read_text())
+        except ValueError:
+            raise UserError(f"{path} is damaged; delete it and the filter starts again") from None
+    rounds = [k for k in (8, 32) if k < config.k] + [config.k]
+    bar = tqdm(desc=f"fail@{config.k} filter: samples", disable=None, leave=False)
+    while state["samples"] < config.k:
+        upto = next(k for k in rounds if k > state["samples"])
+        n, start = upto - state["samples"], state["next"]
+        part = state["alive"][start:start + max(1, config.sample_rows // n)]
+        rewards = solve(policy, [pool[i] for i in part], n, config, seeded(config.data_seed, "filter", upto, start))[1]
+        solved = (rewards.view(-1, n) == RIGHT).any(1).tolist()
+        state["failed"] += [i for i, done in zip(part, solved) if not done]
+        state["next"] += len(part)
+        bar.update(len(part) * n)
+        if state["next"] >= len(state["alive"]):
+            state = {"samples": upto, "alive": state["failed"], "next": 0, "failed": []}
+        write_json(path, state)
+    bar.close()
+    return [pool[i] for i in state["alive"]]
+
+
+def split_hard(problems: list[Problem], config: Config) -> tuple[list[Problem], list[Problem]]:
+    """50/50 at random into train (the teacher's reward) and test (the final table). Raises UserError when too few."""
+    if len(problems) < 2:
+        raise UserError(f"only {len(problems)} problem(s) of the pool were failed {config.k} times of {config.k}: too few to "
+                        "split; take a larger --pool, a smaller --k, a weaker --model or harder problems")
+    order = torch.randperm(len(problems), generator=seeded(config.data_seed, "split")).tolist()
+    return [problems[i] for i in order[:len(order) // 2]], [problems[i] for i in order[len(order) // 2:]]
+
+
+# ======================================================================================================================
+# 8. Optimizer: how do steps of 1e-5 reach bfloat16 weights?
+# ======================================================================================================================
+# AdamW, all weights, float32 moments. bfloat16 has 8 significant bits: near 0.02 its values are 1e-4 apart, so a step of
+# 1e-5 is rounded away five times of six, and SOAR measures the effect of ten such steps. Stochastic rounding moves
+# the weight by a whole spacing with probability 1e-5 / 1e-4: right on average, at no extra memory (12 bytes a weight in all;
+# float32 master weights would cost 16).
+
+
+def stochastic_round(x, generator):
+    """float32 -> bfloat16, up or down with probabilities that make the expectation exact.
+
+    bfloat16 is the upper half of float32's bits. Add a random number to the lower half, carry included, then cut it off.
+    """
+    noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
+    return ((x.view(torch.int32) + noise) & -0x10000).view(torch.float32).to(torch.bfloat16)
+
+
+def adamw_state(model) -> dict:
+    """Moments of a fresh optimizer."""
+    zeros = lambda: [torch.zeros_like(p, dtype=torch.float32) for p in model.parameters()]
+    return {"t": 0, "m": zeros(), "v": zeros()}
+
+
+@torch.no_grad()
+def adamw_step(model, state: dict, lr: float, config: Config, generator=None) -> float:
+    """One AdamW step on p.grad, which is cleared -> the gradient's norm before clipping. Raises UserError on NaN.
+
+    m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  p <- p (1 - lr wd) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+    """
+    params = list(model.parameters())
+    norm = torch.stack([p.grad.float().norm() for p in params]).norm().item()
+    if not math.isfinite(norm):
+        raise UserError("the loss or its gradient became NaN or infinite; nothing was saved from this step: "
+                        "lower --student-lr or --teacher-lr and start a new run")
+    scale = min(1.0, config.clip / (norm + 1e-6)) if config.clip else 1.0
+    state["t"] += 1
+    correct1, correct2 = 1 - config.beta1 ** state["t"], 1 - config.beta2 ** state["t"]
+    for p, m, v in zip(params, state["m"], state["v"], strict=True):
+        g = p.grad.float() * scale
+        m.lerp_(g, 1 - config.beta1)
+        v.mul_(config.beta2).addcmul_(g, g, value=1 - config.beta2)
+        new = p.float() * (1 - lr * config.weight_decay) - lr * (m / correct1) / ((v / correct2).sqrt_() + 1e-8)
+        p.copy_(stochastic_round(new, generator) if p.dtype == torch.bfloat16 else new)
+        p.grad = None
+    return norm
+
+
+def learning_rate(peak: float, step: int, total: int, warmup: int) -> float:
+    """Linear warm-up, then a cosine from `peak` at step `warmup` to 0 at `total` (steps count from 0).
+
+    >>> [round(learning_rate(1.0, step, 4, 0), 2) for step in range(4)]
+    [1.0, 0.85, 0.5, 0.15]
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+
+
+# ======================================================================================================================
+# 9. RLOO: which way do rewards push the weights?
+# ======================================================================================================================
+
+
+def rloo_advantages(rewards, group_size: int):
+    """REINFORCE leave-one-out: A_i = r_i - mean of the other rewards of its group; [B] -> [B], groups are consecutive.
+
+    The others' mean does not depend on sample i, so it is a baseline that leaves the gradient unbiased. No division by the
+    standard deviation. Advantages sum to zero over a group; where all rewards are equal they are zero.
+
+    >>> rloo_advantages(torch.tensor([120., 0., 0., 10., 10., 10.]), 3).tolist()    # others' means: 0, 60, 60
+    [120.0, -60.0, -60.0, 0.0, 0.0, 0.0]
+    """
+    groups = rewards.view(-1, group_size)  # [B/G, G]
+    return (groups - (groups.sum(1, keepdim=True) - groups) / (group_size - 1)).flatten()
+
+
+def completion_logprobs(model, rollouts: list[Rollout], temperature: float, rows: int = 4096):
+    """[B] float32: ln p(completion | prompt) of each rollout, at the temperature that it was sampled with.
+
+    Full logits [B, T, V] never exist: with V = 128,000 they are the first thing that does not fit. Hidden states are reduced
+    to the positions that predict a completion token, and these are projected `rows` at a time under checkpointing.
+    """
+    T, B = max(len(r.prompt) + len(r.completion) for r in rollouts), len(rollouts)
+    ids, mask, is_action = (torch.zeros(B, T, dtype=torch.long) for _ in range(3))
+    for i, r in enumerate(rollouts):  # padded on the right: positions count from 0
+        end = len(r.prompt) + len(r.completion)
+        ids[i, :end], mask[i, :end], is_action[i, len(r.prompt):end] = torch.tensor(r.prompt + r.completion), 1, 1
+    ids, mask, is_action = ids.to(model.device), mask.to(model.device), is_action.to(model.device).bool()
+    hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state  # [B, T, D]
+    # Position t predicts token t + 1. N completion tokens in all:
+    hidden, targets = hidden[:, :-1][is_action[:, 1:]], ids[:, 1:][is_action[:, 1:]]  # [N, D], [N]
+    head = model.get_output_embeddings()
+
+    def project(h, y):  # [rows, D], [rows] -> [rows]; softmax in float32
+        return (head(h).float() / temperature).log_softmax(-1).gather(-1, y[:, None])[:, 0]
+
+    logprobs = torch.cat([checkpoint(project, hidden[i:i + rows], targets[i:i + rows], use_reentrant=False)
+                          for i in range(0, len(targets), rows)])  # [N]
+    row = is_action[:, 1:].nonzero()[:, 0]  # [N]: whose token it is
+    return torch.zeros(B, device=model.device).index_add(0, row, logprobs)
+
+
+def micro_batches(rollouts: list[Rollout], budget: int):
+    """Index lists that fit in `budget` padded tokens each (one rollout always fits), similar lengths together."""
+    length = lambda i: len(rollouts[i].prompt) + len(rollouts[i].completion)
+    batch = []
+    for i in sorted(range(len(rollouts)), key=length):
+        if batch and (len(batch) + 1) * length(i) > budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def policy_update(policy: Policy, rollouts: list[Rollout], advantages, state: dict, lr: float, config: Config,
+                  generator=None) -> dict:
+    """One step up the gradient of  E[reward] - kl * KL(policy, reference),  for the teacher and the student alike.
+
+    loss = -1/B sum_i w_i ln p_i,   w_i = A_i - kl * (ln p_i - ln ref_i), held constant;   ln p_i sums over tokens
+
+    One update a batch, so samples come from the policy that is updated: no importance ratio, no clipping. The KL term is the
+    estimator k1 = ln p - ln ref put into the REWARD, whose gradient is that of the reverse KL (the same as k2 = k1^2 / 2 as
+    a loss). k1 as a loss has gradient zero on average, since E[grad ln p] = 0; k3 as a loss gives the forward KL.
+
+    B counts all rollouts, before anything is skipped or cut into micro-batches, so neither changes the gradient. Rollouts
+    with advantage zero (groups whose rewards are all equal) skip both passes: nothing pulls them anywhere, so they pay no KL.
+    """
+    active, kls = advantages.nonzero()[:, 0].tolist(), []
+    if not active:
+        return {"grad_norm": 0.0, "kl": 0.0}
+    with policy.meter.phase("training"):
+        policy.model.train(config.checkpointing)  # checkpointing works in train mode only; there is no dropout to turn on
+        for part in micro_batches([rollouts[i] for i in active], config.micro_tokens):
+            index = [active[i] for i in part]
+            batch = [rollouts[i] for i in index]
+            logprobs = completion_logprobs(policy.model, batch, config.temperature)  # [b]
+            weights = advantages[index].to(logprobs)  # [b]
+            if config.kl:
+                with torch.no_grad():
+                    k1 = logprobs - completion_logprobs(policy.reference, batch, config.temperature)
+                weights, kls = weights - config.kl * k1, kls + k1.tolist()
+            (-(weights * logprobs).sum() / len(rollouts)).backward()
+            policy.meter.tokens["trained"] += sum(len(r.completion) for r in batch)
+        policy.model.eval()
+        return {"grad_norm": adamw_step(policy.model, state, lr, config, generator), "kl": float(np.mean(kls or [0.0]))}
+
+
+# ======================================================================================================================
+# 10. The tiny world's base model: where does a model with latent knowledge come from?
+# ======================================================================================================================
+
+VOCABULARY = ["<pad>", "<eos>", "<unk>", "User:", "Assistant:", "Teacher:", "<question>", "</question>", "<answer>",
+              "</answer>", "\\boxed{", "}", *LABELS, *map(str, range(100)),
+              *(f"{x}{operator}{y}" for operator in "*+" for x in "456789x" for y in range(4, 10))]
+# The initial weights matter most: with transformers' default of 0.02, made for wide models, learning took three times as long.
+PRETRAIN = {"steps": 500, "batch": 96, "lr": 5e-3, "beta2": 0.99, "init": 0.1, "forum": 0.65, "micro_tokens": 1024}
+
+
+def tiny_tokenizer(folder: Path):
+    """Whole words as tokens, as an ordinary tokenizer file."""
+    from transformers import PreTrainedTokenizerFast
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps({
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None, "post_processor": None,
+        "decoder": None, "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "model": {"type": "WordLevel", "vocab": {word: i for i, word in enumerate(VOCABULARY)}, "unk_token": "<unk>"}}))
+    return PreTrainedTokenizerFast(tokenizer_file=str(file), pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def pretrain(model, tokenizer, world: World, seed: int) -> None:
+    """Next-token training on both kinds of text. No loss on prompts: the questions of forum posts are random numbers."""
+    rng, state, config = random.Random(f"text {seed}"), adamw_state(model), Config(beta2=PRETRAIN["beta2"])
+    for step in (bar := tqdm(range(PRETRAIN["steps"]), desc="pretraining the tiny base model", disable=None, leave=False)):
+        prompts, completions = [], []
+        for _ in range(PRETRAIN["batch"]):
+            forum = rng.random() < PRETRAIN["forum"]
+            question, answer = (forum_post if forum else textbook_exercise)(world, rng)
+            prompts.append(TINY_STUDENT_PROMPT.replace("{problem}", question) if forum else TINY_TEACHER_PROMPT)
+            exercise = "" if forum else f"<question> {question} </question> <answer> "
+            completions.append(f"{exercise}\\boxed{{ {answer} }} {'' if forum else '</answer> '}<eos>")
+        batch = [Rollout(*ids, "", False) for ids in zip(tokenizer(prompts).input_ids, tokenizer(completions).input_ids)]
+        tokens, total = sum(len(r.completion) for r in batch), 0.0
+        for part in micro_batches(batch, PRETRAIN["micro_tokens"]):
+            loss = -completion_logprobs(model, [batch[i] for i in part], 1.0).sum() / tokens
+            loss.backward()
+            total += loss.item()
+        adamw_step(model, state, learning_rate(PRETRAIN["lr"], step, PRETRAIN["steps"], 20), config)
+        bar.set_postfix(loss=f"{total:.3f}", refresh=False)
+
+
+def tiny_base_model(config: Config) -> str:
+    """The folder of the tiny world's base model (Llama, 2 layers, about 93,000 weights), trained on the first call."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    source = map(inspect.getsource, (World, make_world, random_item, forum_post, textbook_exercise, pretrain, tiny_base_model))
+    recipe = fingerprint(config.data_seed, FORUM_RIGHT, KEY_RIGHT, CHAPTERS, VOCABULARY, PRETRAIN, *source)
+    folder = Path(config.cache) / f"tiny-base-{recipe}"  # other constants or other code: another model
+    if folder.exists():
+        return str(folder)
+    building = Path(f"{folder}.{os.getpid()}.tmp")  # renamed when complete, so a killed run leaves no half model behind
+    building.mkdir(parents=True)
+    tokenizer = tiny_tokenizer(building)
+    with torch.random.fork_rng():
+        torch.manual_seed(int(fingerprint(config.data_seed, "initial weights"), 16) >> 1)
+        model = LlamaForCausalLM(LlamaConfig(
+            vocab_size=len(VOCABULARY), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=4, max_position_embeddings=128, tie_word_embeddings=True, initializer_range=PRETRAIN["init"],
+            pad_token_id=VOCABULARY.index("<pad>"), eos_token_id=VOCABULARY.index("<eos>"), bos_token_id=None))
+    pretrain(model, tokenizer, make_world(config.data_seed), config.data_seed)
+    model.save_pretrained(building)
+    tokenizer.save_pretrained(building)
+    try:
+        building.rename(folder)
+    except OSError:  # another run came first, with the same model by construction
+        shutil.rmtree(building)
+    return str(folder)
+
+
+# ======================================================================================================================
+# 11. Inner loop: what does a student do with a dataset?
+# ======================================================================================================================
+
+
+def train_student(policy: Policy, dataset: list[Problem], steps: int, config: Config, key: tuple, progress=lambda: None):
+    """`steps` RLOO steps of RLVR on `dataset`, from the live model's weights -> (trained weights, one dict of figures a step).
+
+    `key` names this student; all its luck is a function of it. The optimizer is fresh: its moments live as long as the student.
+    """
+    state, log, order, shuffle = adamw_state(policy.model), [], [], seeded(*key, "order")
+    for step in range(steps):
+        while len(order) < config.batch:  # epochs, each in a new order; a batch may span two of them
+            order += torch.randperm(len(dataset), generator=shuffle).tolist()
+        problems, order = [dataset[i] for i in order[:config.batch]], order[config.batch:]
+        rollouts, rewards = solve(policy, problems, config.group, config, seeded(*key, step))
+        advantages = rloo_advantages(rewards, config.group)  # [B], B = batch * group
+        lr = learning_rate(config.student_lr, step, config.horizon or steps, config.student_warmup)
+        rounding = seeded(*key, step, "rounding", device=policy.model.device)
+        figures = policy_update(policy, rollouts, advantages, state, lr, config, rounding)
+        log.append(figures | {
+            "success": (rewards == RIGHT).double().mean().item(),
+            "flat_groups": (advantages.view(-1, config.group) == 0).all(1).double().mean().item(),
+            "truncated": float(np.mean([r.truncated for r in rollouts])),
+            "length": float(np.mean([len(r.completion) for r in rollouts]))})
+        progress()
+    return snapshot(policy.model), log
+
+
+# ======================================================================================================================
+# 12. Teacher: how does a problem get accepted, and why is throwing the others away no bias?
+# ======================================================================================================================
+
+
+def parse_problem(text: str) -> Problem | None:
+    """The problem in a teacher's completion, or None unless (paper, section 3) question and answer tags open and close, the
+    answer has a box, and the verifier can read what is in it.
+
+    >>> parse_problem(r"Sure! <question>What is 2+3?</question><answer>\\boxed{5}</answer>")
+    Problem(question='What is 2+3?', answer='5')
+    """
+    found = re.search(r"<question>(.*?)</question>.*?<answer>(.*?)</answer>", text, re.DOTALL)
+    if not found or not found[1].strip():
+        return None
+    boxed = extract_boxed(found[2])
+    return Problem(found[1].strip(), boxed.strip()) if boxed is not None and parses(boxed) else None
+
+
+def propose(policy: Policy, count: int, config: Config, generator) -> tuple[list[tuple[Rollout, Problem]], dict]:
+    """Sample the live model as the teacher until `count` problems are accepted -> (accepted, figures). UserError if hopeless.
+
+    Proposition 1: this rejection needs no correction. Sampling from pi_0 until the result is in the accepted set S draws from
+    pi = pi_0 / pi_0(S) on S, so  ln pi = ln pi_0 - ln pi_0(S),  and the update of section 9, which uses ln pi_0, lacks the
+    gradient of  ln pi_0(S).  That gradient is the same for every sample, so it is multiplied by the SUM of the advantages, and
+    RLOO's advantages sum to zero in each group. (Plain REINFORCE, whose weights do not, would need the correction.)
+    """
+    prompt, accepted, tried, truncated = policy.teacher_prompt(), [], 0, 0
+    opening = "<question>" if policy.teacher_text.rstrip().endswith("<question>") else ""  # a prompt may open the tag itself
+    while len(accepted) < count:
+        if tried >= 20 * count + 100:
+            raise UserError(f"only {len(accepted)} of {tried} of the teacher's completions could be used, {truncated} were cut "
+                            "off; try --chat, more --teacher-tokens, or a --teacher-prompt with examples that ends in <question>; "
+                            f"the last completion began: {rollouts[-1].text[:120]!r}")
+        rollouts = sample(policy, [prompt], count - len(accepted), config.teacher_tokens, config, generator)
+        tried, truncated = tried + len(rollouts), truncated + sum(r.truncated for r in rollouts)
+        accepted += [(r, problem) for r in rollouts if (problem := parse_problem(opening + r.text))]
+    return accepted, {"acceptance": len(accepted) / tried, "truncated": truncated / tried,
+                      "length": float(np.mean([len(r.completion) for r, _ in accepted]))}
+
+
+# ======================================================================================================================
+# 13. Reward and promotion: what is the teacher paid for, and when does the student keep what it learnt?
+# ======================================================================================================================
+
+
+@dataclass
+class State:
+    """All that passes from one outer step to the next; the checkpoint is this and nothing else."""
+    teacher: list  # phi
+    moments: dict  # of the teacher's AdamW
+    baseline: list  # theta, the weights that every student starts from
+    step: int = 0
+    promotions: int = 0
+    history: list = field(default_factory=list)  # mean reward of each step since the last promotion
+    promotion_questions: list = field(default_factory=list)  # D_best
+    best_accuracy: float = -1.0  # of the promoted students, greedy, on the whole hard train set
+
+
+def median_student(rewards: list[float]) -> int:
+    """Index of the median; of the two middle ones the better, or with r = 2 the average student would always be the worse.
+
+    >>> median_student([0.3, 0.1, 0.2]), median_student([0.4, 0.1, 0.3, 0.2])     # 0.2 and 0.3
+    (2, 2)
+    """
+    return sorted(range(len(rewards)), key=rewards.__getitem__)[len(rewards) // 2]
+
+
+def promotion_due(history: list[float], config: Config) -> bool:
+    """Is the mean of the last `window` steps' mean rewards above tau? (Algorithm 1)
+
+    The paper is silent on two things. Rewards are measured against a baseline, so those from before a promotion say nothing
+    about the new one: `history` starts anew. And the window must be full: one lucky first step is no trend.
+    """
+    recent = history[-config.window:]
+    return config.promotion and len(recent) == config.window and sum(recent) / config.window > config.tau
+
+
+def grounded_rewards(policy: Policy, datasets: list[list[Problem]], questions: list[Problem], state: State, config: Config):
+    """Algorithm 1, step 2: train r students a dataset and measure what they gained on the M hard `questions`.
+
+    -> (rewards R_kj [K, r], their standard errors over the questions [K, r], (k, j, weights) of the best dataset's median
+    student, figures). The questions and the baseline's accuracy on them are the same for all students of the step, so that
+    the differences between rewards are the datasets' doing. Only r + 1 students are held in memory at a time.
+    """
+    restore(policy.model, state.baseline)
+    before = greedy_right(policy, questions, config)  # [M], measured once
+    steps = config.inner_steps + config.inner_extra * state.promotions
+    gains, logs, best, champion = [], [], -math.inf, None
+    bar = tqdm(total=len(datasets) * config.repeats * steps, desc=f"step {state.step}: students", disable=None, leave=False)
+    for k, dataset in enumerate(datasets):
+        students = []
+        for j in range(config.repeats):
+            restore(policy.model, state.baseline)
+            weights, log = train_student(policy, dataset, steps, config, (config.seed, "student", state.step, k, j), bar.update)
+            gains.append(greedy_right(policy, questions, config) - before)  # [M]
+            students, logs = students + [weights], logs + log
+        rewards = [gain.mean().item() for gain in gains[-config.repeats:]]
+        if sum(rewards) > best:
+            best, j = sum(rewards), median_student(rewards)
+            champion = (k, j, students[j])
+    bar.close()
+    gains = torch.stack(gains).view(len(datasets), config.repeats, -1)  # [K, r, M]
+    errors = gains.std(-1, correction=0) / gains.shape[-1] ** 0.5
+    figures = {name: float(np.mean([log[name] for log in logs])) for name in logs[0]}
+    return gains.mean(-1), errors, champion, figures | {"accuracy_before": before.mean().item()}
+
+
+LEARNABILITY_SAMPLES = 32  # completions a problem (paper, section 5)
+
+
+def learnability_rewards(policy: Policy, datasets: list[list[Problem]], state: State, config: Config):
+    """The Intrinsic-T baseline: no student trains; a problem is worth 1 - s, s the student's success rate, or 0 if s = 0.
+
+    -> (rewards [K, 1], standard errors over the dataset's problems [K, 1], no champion, figures), as grounded_rewards.
+    """
+    restore(policy.model, state.baseline)
+    rewards = [solve(policy, dataset, LEARNABILITY_SAMPLES, config, seeded(config.seed, "learnability", state.step, k))[1]
+               for k, dataset in enumerate(datasets)]
+    rates = (torch.stack(rewards) == RIGHT).double().view(len(datasets), -1, LEARNABILITY_SAMPLES).mean(-1)  # [K, n]
+    values = torch.where(rates > 0, 1 - rates, 0.0)
+    errors = values.std(1, correction=0, keepdim=True) / values.shape[1] ** 0.5
+    return values.mean(1, keepdim=True), errors, None, {"success": rates.mean().item()}
+
+
+# ======================================================================================================================
+# 14. The run folder: how does a run survive being killed?
+# ======================================================================================================================
+# A step writes, in this order: student/ (at a promotion), lines in log.jsonl and questions.jsonl, the checkpoint. A run that is
+# killed in between repeats the step from the last checkpoint and, all randomness being a function of (seed, step), writes the
+# same again; lines of steps after the checkpoint are dropped first.
+
+# May differ when a run is resumed: they change speed and memory. (Another --sample-rows draws other samples.)
+RESUMABLE = ("resume", "sample_rows", "micro_tokens", "checkpointing", "threads", "cache", "device")
+
+
+def check_folder(config: Config) -> None:
+    """Raises UserError when --out holds something that this command must not touch or cannot continue."""
+    folder = Path(config.out)
+    if not folder.exists() or not any(folder.iterdir() if folder.is_dir() else [folder]):
+        return
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} exists and is not a run of soar.py; choose another --out")
+    if not config.resume:
+        raise UserError(f"{folder} already holds a run; add --resume to continue it, or choose another --out or --seed")
+    try:
+        old = json.loads((folder / "config.json").read_text())
+    except ValueError:
+        raise UserError(f"{folder}/config.json is damaged; choose another --out") from None
+    new = dataclasses.asdict(config)
+    other = [f"--{name.replace('_', '-')} {old.get(name)}" for name in new
+             if name not in RESUMABLE and old.get(name) != new[name]]
+    if other:
+        raise UserError(f"{folder} was made with other flags ({', '.join(other)}); give the same ones, or choose another --out")
+
+
+def save_checkpoint(folder: Path, state: State) -> None:
+    plain = vars(state) | {"promotion_questions": [(p.question, p.answer) for p in state.promotion_questions]}
+    torch.save(plain, folder / "checkpoint.tmp")
+    os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")  # atomic: there is always one whole checkpoint
+
+
+def load_checkpoint(folder: Path) -> State | None:
+    """The state after the last complete step, or None. Lines of later steps leave log.jsonl and questions.jsonl."""
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return None
+    try:
+        state = State(**torch.load(path, weights_only=True))
+    except Exception:  # a zip error, a pickle error, a missing key: torch.load raises all of them
+        raise UserError(f"{path} is damaged; put a copy back, or start again with another --out") from None
+    state.promotion_questions = [Problem(*pair) for pair in state.promotion_questions]
+    return state
+
+
+def append_jsonl(path: Path, rows: list[dict]) -> None:
+    with path.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def rewind_jsonl(path: Path, step: int) -> None:
+    """Keep the lines of the steps before `step`; a line that was cut off by a kill is of a later one."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    keep = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
+    path.with_name(path.name + ".tmp").write_text("".join(keep))
+    os.replace(path.with_name(path.name + ".tmp"), path)
+
+
+def save_model(policy: Policy, folder: Path) -> None:
+    """The live model as an ordinary folder for from_pretrained."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    policy.model.save_pretrained(temporary)
+    policy.tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def peak_memory_gb(device) -> float:
+    """Of the GPU, or of this process on a CPU (0 where the system does not tell)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+# ======================================================================================================================
+# 15. Outer loop: Algorithm 1
+# ======================================================================================================================
+
+
+def promote(policy: Policy, champion: tuple, datasets, hard_train: list[Problem], state: State, config: Config) -> dict:
+    """Algorithm 1, step 3: the champion becomes the baseline, its dataset joins D_best; the best one so far is kept on disk."""
+    k, j, state.baseline = champion
+    state.promotions, state.history = state.promotions + 1, []
+    state.promotion_questions = state.promotion_questions + datasets[k]
+    restore(policy.model, state.baseline)
+    accuracy = greedy_right(policy, hard_train, config).mean().item()
+    if accuracy > state.best_accuracy:
+        state.best_accuracy = accuracy
+        save_model(policy, Path(config.out) / "student")
+    path = Path(config.out) / "promotion_questions.jsonl"
+    path.with_name(path.name + ".tmp").write_text("".join(json.dumps(vars(p)) + "\n" for p in state.promotion_questions))
+    os.replace(path.with_name(path.name + ".tmp"), path)
+    return {"dataset": k, "student": j, "accuracy": accuracy}
+
+
+def teacher_update(policy: Policy, rollouts: list[Rollout], advantages, state: State, lr: float, config: Config) -> dict:
+    """Algorithm 1, step 4, on the live model. The teacher's moments are on its device only now: students have their own."""
+    device = policy.model.device
+    move = lambda state, to: {"t": state["t"], "m": [x.to(to) for x in state["m"]], "v": [x.to(to) for x in state["v"]]}
+    if config.kl and config.kl_reference == "baseline":
+        restore(policy.reference, policy.base)
+    moments = move(state.moments, device)
+    rounding = seeded(config.seed, "teacher", state.step, "rounding", device=device)
+    figures = policy_update(policy, rollouts, advantages, moments, lr, config, rounding)
+    state.moments, state.teacher = move(moments, "cpu"), snapshot(policy.model)
+    return figures
+
+
+def outer_step(policy: Policy, hard_train: list[Problem], state: State, config: Config) -> tuple[dict, list[dict]]:
+    """One step of Algorithm 1, in place on `state` -> (line for log.jsonl, lines for questions.jsonl)."""
+    t, g, n = state.step, config.datasets, config.n
+    # 1. The teacher proposes g*n problems; consecutive ones make the datasets X_1..X_g.
+    restore(policy.model, state.teacher)
+    accepted, proposing = propose(policy, config.groups * g * n, config, seeded(config.seed, "propose", t))
+    problems = [problem for _, problem in accepted]
+    datasets = [problems[i:i + n] for i in range(0, len(problems), n)]  # K = groups * g of them
+    # 2. What is each dataset worth? Q_R is drawn anew each step.
+    draw = torch.randperm(len(hard_train), generator=seeded(config.seed, "reward questions", t))[:config.reward_questions]
+    if config.kl and config.kl_reference == "baseline":
+        restore(policy.reference, state.baseline)
+    if config.reward == "grounded":
+        measured = grounded_rewards(policy, datasets, [hard_train[i] for i in draw], state, config)
+    else:
+        measured = learnability_rewards(policy, datasets, state, config)
+    rewards, errors, champion, training = measured
+    R = rewards.mean(1)  # [K], R_k
+    # 3. Promotion, when the baseline is beaten lastingly.
+    state.history = state.history + [R.mean().item()]
+    average = float(np.mean(state.history[-config.window:]))
+    due = champion is not None and promotion_due(state.history, config)
+    promoted = promote(policy, champion, datasets, hard_train, state, config) if due else None
+    # 4. The teacher's update: every rollout of X_k carries A_k.
+    restore(policy.model, state.teacher)
+    advantages = rloo_advantages(R, g).repeat_interleave(n)  # [K*n]
+    lr = learning_rate(config.teacher_lr, t, config.steps, config.teacher_warmup)
+    updating = teacher_update(policy, [rollout for rollout, _ in accepted], advantages, state, lr, config)
+    state.step = t + 1
+    row = {"step": t, "rewards": rewards.tolist(), "errors": errors.tolist(), "reward": R.mean().item(), "average": average,
+           "promotion": promoted, "teacher": proposing | updating, "student": training}
+    if config.dataset == "tiny":
+        row["topics"] = topic_shares(problems)
+    return row, [{"step": t, "dataset": i // n, "reward": R[i // n].item(), **vars(p)} for i, p in enumerate(problems)]
+
+
+# ======================================================================================================================
+# 16. Main: what does a person see?
+# ======================================================================================================================
+
+
+def check_context(policy: Policy, pool: list[Problem], config: Config) -> None:
+    """Raises UserError when a prompt and its completion would not fit into the model's context."""
+    context = getattr(policy.model.config, "max_position_embeddings", None) or math.inf
+    lengths = [len(policy.student_prompt(problem)) for problem in pool]
+    teacher, student = len(policy.teacher_prompt()), len(policy.student_prompt(Problem("", "")))
+    for what, length, flag in (
+            (f"problem {int(np.argmax(lengths)) + 1} of the pool", max(lengths) + config.student_tokens, "--student-tokens"),
+            ("the teacher's prompt", teacher + config.teacher_tokens, "--teacher-tokens"),
+            ("a problem of --teacher-tokens", student + config.teacher_tokens + config.student_tokens, "--student-tokens")):
+        if length > context:
+            raise UserError(f"{what} needs {length} tokens with its completion, and the model's context has {context}; "
+                            f"lower {flag}, or leave the long problem out")
+
+
+def print_plan(pool: list[Problem], policy: Policy, config: Config) -> None:
+    """What is going to happen and what it costs, before it starts."""
+    K, n = config.groups * config.datasets, config.n
+    inner = K * config.repeats * config.inner_steps * config.batch * config.group
+    checks = (K * config.repeats + 1) * config.reward_questions
+    students = inner + checks if config.reward == "grounded" else K * n * LEARNABILITY_SAMPLES
+    filtering, by_teacher, by_students = len(pool) * config.k, config.steps * K * n, config.steps * students
+    tokens = (filtering + by_students) * config.student_tokens + by_teacher * config.teacher_tokens
+    print(f"""SOAR on {config.dataset}: {len(pool)} problems, model {config.model}, {policy.model.device}, run folder {config.out}
+  filter      keep the problems that the model fails {config.k} times of {config.k}: at most {filtering:,} completions
+  outer step  the teacher writes {K} datasets of {n} problems; {config.repeats} students train on each,
+              {config.inner_steps} steps of {config.batch} x {config.group} completions: {students:,} student completions
+  in all      {config.steps} outer steps: {filtering + by_teacher + by_students:,} completions, at most {tokens:,} tokens
+
+The reward is the share of the hard questions that a student gains by training on the teacher's problems; below zero
+the training did harm. When its moving average exceeds tau, the student is promoted: later students start from it.
+""", flush=True)
+
+
+def print_step(row: dict, example: str) -> None:
+    best = max(np.mean(rewards) for rewards in row["rewards"])
+    line = (f"step {row['step']:3d}  reward {row['reward']:+.3f}  best dataset {best:+.3f}  moving average {row['average']:+.3f}  "
+            f"right in training {row['student']['success']:4.0%}  accepted {row['teacher']['acceptance']:4.0%}  "
+            f"{row['cost']['seconds']['all']:.0f} s")
+    if promoted := row["promotion"]:
+        line += (f"\n          PROMOTION: student {promoted['student']} of dataset {promoted['dataset']} is the new baseline, "
+                 f"{promoted['accuracy']:.1%} greedy on the hard train set.\n          Its problems join the promotion questions. "
+                 "The next rewards drop: they are gains over a better student.")
+    tqdm.write(line + example, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def show_example(policy: Policy, question: dict, state: State, config: Config) -> str:
+    """One problem of the teacher in full, and the baseline student's greedy attempt at it."""
+    restore(policy.model, state.baseline)
+    attempt = solve(policy, [Problem(question["question"], question["answer"])], 1, config, greedy=True)[0][0].text
+    indent = lambda text: text.strip().replace("\n", "\n             ")
+    return (f"\n    teacher: {indent(question['question'])}\n    answer:  {indent(question['answer'])}\n"
+            f"    student: {indent(attempt)}")
+
+
+def measure(policy: Policy, problems: list[Problem], config: Config) -> dict:
+    """Greedy accuracy and mean pass@k of the live model, k = 1, 4, 8, 16, 32 as far as --eval-samples allows."""
+    n = config.eval_samples
+    right = (solve(policy, problems, n, config, seeded(config.seed, "report"))[1] == RIGHT).view(-1, n).sum(1).tolist()
+    result = {"greedy": greedy_right(policy, problems, config).mean().item()}
+    return result | {f"pass@{k}": float(np.mean([pass_at_k(n, c, k) for c in right])) for k in (1, 4, 8, 16, 32) if k <= n}
+
+
+def report(policy: Policy, hard_test: list[Problem], state: State, config: Config) -> None:
+    """The closing table, on the held-out hard test set, also written to report.json."""
+    students, shares = {}, {}
+    for name, weights in (("base model", policy.base), ("promoted student", None)):
+        if weights is None and state.promotions:  # from the run folder: the table is about what was saved
+            weights = snapshot(load_model(f"{config.out}/student", config)[0])
+        if weights is not None:
+            restore(policy.model, weights)
+            students[name] = measure(policy, hard_test, config)
+    print(f"\nOn the {len(hard_test)} held-out hard problems (never trained on, never a reward):")
+    print(" " * 18 + "".join(f"{name:>9}" for name in students["base model"]))
+    for name, row in students.items():
+        print(f"{name:18}" + "".join(f"{value:9.1%}" for value in row.values()))
+    if not state.promotions:
+        print("No student was promoted, so the student is still the base model.")
+    if config.dataset == "tiny":
+        for name, weights in (("at the start", policy.base), ("at the end", state.teacher)):
+            restore(policy.model, weights)
+            accepted, _ = propose(policy, 400, config, seeded(config.seed, "report topics"))
+            shares[name] = topic_shares([problem for _, problem in accepted])
+        print("\nThe teacher's problems" + "".join(f"{topic:>11}" for topic in shares["at the start"]))
+        for name, row in shares.items():
+            print(f"{name:22}" + "".join(f"{value:11.0%}" for value in row.values()))
+    print(f"\n{state.promotions} promotion(s), {len(state.promotion_questions)} promotion questions; see {config.out}/")
+    write_json(Path(config.out) / "report.json", {"students": students, "topics": shares, "promotions": state.promotions})
+
+
+def run(config: Config, meter: Meter) -> None:
+    """Everything, from the flags to the closing table. Raises UserError."""
+    check_folder(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    folder = Path(config.out)
+    if config.dataset == "tiny":
+        pool = hard_worksheets(make_world(config.data_seed), config.pool, config.data_seed)
+    else:
+        pool = load_problems(config.dataset)
+        if 0 < config.pool < len(pool):
+            pool = random.Random(f"pool {config.data_seed}").sample(pool, config.pool)
+    policy = load_policy(tiny_base_model(config) if config.model == "tiny" else config.model, config, meter)
+    check_context(policy, pool, config)
+    print_plan(pool, policy, config)
+    hard = hard_problems(policy, pool, config)
+    hard_train, hard_test = split_hard(hard, config)
+    print(f"{len(hard)} of {len(pool)} problems are fail@{config.k}: {len(hard_train)} for the reward, "
+          f"{len(hard_test)} held out\n", flush=True)
+    write_json(folder / "config.json", dataclasses.asdict(config))
+    state = load_checkpoint(folder) or State(policy.base, adamw_state(policy.model), policy.base)
+    for name in ("log.jsonl", "questions.jsonl"):
+        rewind_jsonl(folder / name, state.step)
+    while state.step < config.steps:
+        meter.seconds.clear(), meter.tokens.clear()
+        start = time.perf_counter()
+        row, questions = outer_step(policy, hard_train, state, config)
+        seconds = dict(meter.seconds) | {"all": time.perf_counter() - start}
+        row["cost"] = {"seconds": seconds, "peak_memory_gb": peak_memory_gb(policy.model.device),
+                       "tokens_per_second": {"sampled": meter.tokens["sampled"] / seconds["sampling"],
+                                             "trained": meter.tokens["trained"] / seconds.get("training", math.inf)}}
+        append_jsonl(folder / "log.jsonl", [row])
+        append_jsonl(folder / "questions.jsonl", questions)
+        save_checkpoint(folder, state)
+        print_step(row, show_example(policy, questions[0], state, config) if row["step"] % 5 == 0 else "")
+    restore(policy.model, state.teacher)
+    save_model(policy, folder / "teacher")
+    report(policy, hard_test, state, config)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0; 2 after a mistake that the user can mend, said in one sentence; 130 after Ctrl-C."""
+    argv, meter = sys.argv[1:] if argv is None else argv, Meter()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        config = parse_config(argv)
+        import transformers  # late: --help and most mistakes need not wait for it
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        run(config, meter)
+        return 0
+    except UserError as error:
+        print(f"soar: {error}", file=sys.stderr)
+        return 2
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and "allocate memory" not in str(error):  # so PyTorch says it on a CPU
+            raise
+        lower = {"sampling": "lower --sample-rows", "training": "lower --micro-tokens or add --checkpointing"}
+        print(f"soar: out of memory while {meter.current}; {lower.get(meter.current, 'take a smaller --model')} and go on with "
+              "--resume", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        again = shlex.join(["python", "soar.py", *argv] + ["--resume"] * ("--resume" not in argv))
+        print(f"\nsoar: interrupted; all complete steps are saved, continue with: {again}", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1353 @@
+"""The tests of soar.py: `python -m pytest`. Each test's one line names the bug that it guards against.
+
+They need no network and no GPU, and write to pytest's temporary folder only. The tiny world's base model is trained
+once for all tests. The last test needs a real pretrained model: it is skipped unless the environment variable
+SOAR_REAL_MODEL names the folder of one.
+"""
+import dataclasses
+import doctest
+import itertools
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HUB = tempfile.TemporaryDirectory()  # an empty hub cache, and no network: the same on every machine
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": HUB.name}
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+import soar  # noqa: E402
+from soar import RIGHT, Config, Problem, Rollout, UserError  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent
+torch.set_num_threads(1)  # for models this small a second thread only waits
+transformers.logging.disable_progress_bar()
+
+
+# ======================================================================================================================
+# Helpers
+# ======================================================================================================================
+
+
+def random_model(kind: str = "Llama", vocab: int = 32, eos=(1,), seed: int = 0):
+    """Two layers, width 32, weights large enough that the next token is far from uniform."""
+    torch.manual_seed(seed)
+    config = getattr(transformers, kind + "Config")(
+        vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, pad_token_id=0, bos_token_id=None,
+        eos_token_id=list(eos))
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def bare_policy(model, reference=None):
+    """A policy for tests that need no text."""
+    return soar.Policy(model, reference, None, "", "{problem}", False, soar.snapshot(model), soar.Meter())
+
+
+def small_config(**overrides) -> Config:
+    """The tiny preset, with sizes for a test."""
+    sizes = dict(dataset="tiny", n=4, datasets=2, repeats=2, inner_steps=2, batch=4, group=4, steps=4, k=8, window=1,
+                 reward_questions=8, student_lr=3e-3, teacher_lr=1e-3)
+    return Config(**soar.PRESETS["tiny"] | sizes | overrides)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def base(cache):
+    """Folder of the tiny world's base model."""
+    return soar.tiny_base_model(small_config(cache=str(cache)))
+
+
+@pytest.fixture
+def policy(base):
+    return soar.load_policy(base, small_config(), soar.Meter())
+
+
+def single_products(world) -> list[Problem]:
+    """Worksheets of one misconceived product: the base model has them wrong, a few student steps get some right."""
+    facts = sorted({pair for x, y in world.misconceptions for pair in ((x, y), (y, x))})
+    return [Problem(soar.worksheet([f"{x}*{y}"]), soar.worksheet([x * y])) for x, y in facts]
+
+
+def single_sums() -> list[Problem]:
+    """Worksheets that the base model always has right."""
+    return [Problem(soar.worksheet([f"{x}+{y}"]), soar.worksheet([x + y])) for x in range(4, 10) for y in range(4, 10)]
+
+
+def same(first, second) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def contents(folder: Path) -> dict:
+    return {path: path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+
+
+def refused(capsys, argv, *words):
+    """main() must say one sentence that contains `words` and end with code 2."""
+    capsys.readouterr()
+    assert soar.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("soar: ") and error.count("\n") == 1 and error.endswith("\n") and "Traceback" not in error
+    assert all(word in error for word in words), error
+
+
+# ======================================================================================================================
+# 1. Config
+# ======================================================================================================================
+
+
+def test_flags_win_over_the_preset_and_the_preset_over_defaults():
+    """A flag that equals the default must still beat the preset."""
+    config = soar.parse_config(["--preset", "tiny", "--n", "64"])
+    assert (config.n, config.inner_steps, config.repeats, config.tau) == (64, 20, 2, Config.tau)
+    config = soar.parse_config(["--dataset", "x/problems.jsonl", "--seed", "3", "--no-promotion"])
+    assert (config.preset, config.out, config.promotion) == ("gpu", "runs/problems-3", False)
+    paper = dataclasses.asdict(soar.parse_config(["--dataset", "math", "--preset", "paper"]))
+    changed = {name for name, value in paper.items() if value != getattr(Config, name)}
+    assert changed == {"dataset", "preset", "out", "groups"}  # nothing else may differ from Table 3
+
+
+def test_every_field_has_help(capsys):
+    """A field whose comment does not fit the pattern would vanish from the flags; a bare % would break --help."""
+    helped = [name for entries in soar.config_help().values() for name in entries]
+    assert sorted(helped) == sorted(field.name for field in dataclasses.fields(Config))
+    with pytest.raises(SystemExit) as end:
+        soar.parse_config(["--help"])
+    assert end.value.code == 0 and "--reward-questions" in capsys.readouterr().out
+    assert all(set(preset) <= set(helped) for preset in soar.PRESETS.values())
+
+
+@pytest.mark.parametrize("argv, word", [
+    (["--preset", "huge"], "--preset"), (["--steps", "0"], "--steps"), (["--datasets", "1"], "--datasets"),
+    (["--group", "1"], "--group"), (["--temperature", "0"], "--temperature"), (["--student-lr", "nan"], "--student-lr"),
+    (["--kl", "-1"], "--kl"), (["--reward", "vibes"], "--reward"), (["--kl-reference", "x"], "--kl-reference"),
+    (["--dataset", "math", "--model", "tiny"], "tiny"), (["--model", "some/model"], "tiny"), (["--tau", "nan"], "--tau"),
+    (["--kl", "nan"], "--kl"), (["--beta1", "1"], "--beta1")])
+def test_bad_values(argv, word, tmp_path, capsys):
+    """Values that cannot work must be refused before hours of sampling. NaN passes every comparison with a bound."""
+    refused(capsys, [*argv, "--out", str(tmp_path / "run")], word)
+
+
+def test_generators_depend_on_all_of_their_key():
+    """Two students with the same random numbers would be one student."""
+    keys = [(0, "student", 0, 0), (0, "student", 0, 1), (0, "student", 1, 0), (1, "student", 0, 0), (0, "propose", 0)]
+    draws = [torch.rand(4, generator=soar.seeded(*key)).tolist() for key in keys]
+    assert len({tuple(draw) for draw in draws}) == len(keys)
+    assert draws[0] == torch.rand(4, generator=soar.seeded(*keys[0])).tolist()
+
+
+# ======================================================================================================================
+# 3. Problems
+# ======================================================================================================================
+
+
+def test_read_jsonl(tmp_path):
+    """Both field names, empty lines, numbers as answers, line separators in a text (only a newline ends a line)."""
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"problem": " 1+1? ", "answer": "2"}\n\n{"question": "2+2\u2028?", "answer": 4}\n', "utf-8")
+    assert soar.read_jsonl(str(file)) == [Problem("1+1?", "2"), Problem("2+2\u2028?", "4")]
+
+
+@pytest.mark.parametrize("line", [
+    b"{'problem': 'q'}", b"[1]", b"17", b'{"problem": "q"}', b'{"answer": "1"}', b'{"problem": "q", "answer": "  "}',
+    b'{"problem": "", "answer": "1"}', b'{"problem": 5, "answer": "1"}', b'{"problem": "q", "answer": null}'])
+def test_read_jsonl_names_the_bad_line(line, tmp_path):
+    """A mistake in line 3 of 5000 must be found by its number, not turned into a problem."""
+    file = tmp_path / "p.jsonl"
+    file.write_bytes(b'{"problem": "q", "answer": "1"}\n\n' + line + b'\n{"problem": "q", "answer": "1"}\n')
+    with pytest.raises(UserError, match="line 3"):
+        soar.read_jsonl(str(file))
+
+
+@pytest.mark.parametrize("content", [None, b'{"problem": "caf\xe9", "answer": "1"}\n', b"\n"],
+                         ids=["missing", "latin-1", "empty"])
+def test_read_jsonl_unreadable_file(content, tmp_path):
+    """A file that is missing, not UTF-8 or without a problem must end in a sentence that names it."""
+    file = tmp_path / "p.jsonl"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match="p.jsonl"):
+        soar.read_jsonl(str(file))
+
+
+# ======================================================================================================================
+# Examples in docstrings
+# ======================================================================================================================
+
+
+def test_docstring_examples():
+    """An example that is no longer true."""
+    result = doctest.testmod(soar)
+    assert result.failed == 0 and result.attempted >= 5
+
+
+# ======================================================================================================================
+# 4. The tiny world
+# ======================================================================================================================
+
+
+def test_topic_of_what_the_world_writes():
+    """The shares of the topics in the closing table would be wrong without an error."""
+    world, rng = soar.make_world(0), random.Random(0)
+    for topic, mark in (("products", "*"), ("sums", "+"), ("ambiguous", "x")):
+        for length in range(1, 6):
+            sheet = soar.worksheet([soar.random_item(rng, topic)[0] for _ in range(length)])
+            assert soar.topic_of(sheet) == topic and mark in sheet
+    assert {soar.topic_of(soar.textbook_exercise(world, rng)[0]) for _ in range(100)} == set(soar.TOPICS)
+    mixed = [soar.worksheet(["4*5", "4+5"]), "a= 4*5 ,c", "b= 4*5", "", "What is 4*5?", "a= 4*5 <unk>"]
+    assert [soar.topic_of(text) for text in mixed] == ["other"] * len(mixed)
+
+
+def test_hard_worksheets():
+    """A product that the crowd has right, or a wrong key, would end the plateau or make it unsolvable."""
+    world = soar.make_world(0)
+    sheets = soar.hard_worksheets(world, 200, 0)
+    assert len({problem.question for problem in sheets}) == 200
+    for problem in sheets:
+        items, answers = problem.question.split(), problem.answer.split()
+        assert items[::2] == answers[::2] == list(soar.LABELS)
+        for item, answer in zip(items[1::2], answers[1::2]):
+            x, y = map(int, item.split("*"))
+            assert int(answer) == x * y != world.crowd(x, y)
+
+
+def test_world_is_a_function_of_its_seed():
+    """Two runs that are compared must live in the same world; another seed must be another world."""
+    assert soar.make_world(3) == soar.make_world(3) != soar.make_world(4)
+    assert all(soar.make_world(seed).misconceptions[pair] != pair[0] * pair[1]
+               for seed in range(5) for pair in soar.make_world(seed).misconceptions)
+    worlds = [soar.hard_worksheets(soar.make_world(0), 20, seed) for seed in (0, 0, 1)]
+    assert worlds[0] == worlds[1] != worlds[2]
+
+
+# ======================================================================================================================
+# 5. Policy
+# ======================================================================================================================
+
+
+def test_restore_is_in_place_and_snapshots_are_copies():
+    """A snapshot that shares memory with the model changes with it; a restore that rebinds loses the optimizer."""
+    model = random_model()
+    weights, addresses = soar.snapshot(model), [p.data_ptr() for p in model.parameters()]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    assert not any(torch.equal(p, w) for p, w in zip(model.parameters(), weights))
+    soar.restore(model, weights)
+    assert same(model.parameters(), weights) and addresses == [p.data_ptr() for p in model.parameters()]
+
+
+def test_braces_in_a_problem(policy):
+    """str.format on a prompt stumbles over LaTeX."""
+    seen = []
+    policy.encode = seen.append
+    policy.student_prompt(Problem(r"\frac{1}{2} {problem} {x}", "1"))
+    assert seen == [r"User: \frac{1}{2} {problem} {x} Assistant:"]
+
+
+# ======================================================================================================================
+# 6. Sampler
+# ======================================================================================================================
+
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [14, 15, 16, 17]]
+
+
+def model_that_ends(kind: str):
+    """A random model, and two EOS ids by which its greedy completions of PROMPTS end at different times."""
+    model = random_model(kind, eos=[1])
+    model.generation_config.eos_token_id = [999]
+    tokens, _ = soar.generate(model, PROMPTS, 1, 16, greedy=True)
+    for pair in itertools.combinations(sorted(set(tokens.flatten().tolist())), 2):
+        ends = [next((t for t, token in enumerate(row) if token in pair), 99) for row in tokens.tolist()]
+        if len(set(ends)) == 3 and 1 < min(ends):
+            model.generation_config.eos_token_id = list(pair)
+            return model
+    raise AssertionError("no such pair: take another seed for the random model")
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "GPT2"])  # GPT-2's positions are absolute: a shift shows
+def test_greedy_equals_transformers(kind):
+    """Wrong positions under left padding, a cache out of step after rows have left, a second EOS id that is ignored."""
+    model = model_that_ends(kind)
+    tokens, lengths = soar.generate(model, PROMPTS, 1, 16, greedy=True)
+    T = max(map(len, PROMPTS))
+    ids = torch.tensor([[0] * (T - len(p)) + p for p in PROMPTS])
+    mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in PROMPTS])
+    expected = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=16, pad_token_id=0)
+    expected = expected[:, T:]
+    assert torch.equal(tokens[:, :expected.shape[1]], expected) and not tokens[:, expected.shape[1]:].any()
+    eos = soar.eos_ids(model)
+    assert len(eos) == 2 and len(set(lengths.tolist())) == 3
+    for row, length in zip(tokens.tolist(), lengths.tolist()):
+        assert length == 16 or row[length - 1] in eos
+        assert not eos & set(row[:length - 1])
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "GPT2"])
+def test_greedy_does_not_depend_on_neighbours(kind):
+    """Attention that sees padding: a prompt's reward would depend on what it is batched with."""
+    model = model_that_ends(kind)
+    together = soar.generate(model, PROMPTS, 1, 16, greedy=True)
+    for i, prompt in enumerate(PROMPTS):
+        alone = soar.generate(model, [prompt], 1, 16, greedy=True)
+        assert torch.equal(alone[0][0], together[0][i]) and alone[1][0] == together[1][i]
+
+
+def slow_sample(model, prompts, n, limit, temperature, generator):
+    """What generate() must equal: each row alone, a full forward for each token, no cache, no padding."""
+    uniforms, eos, rows = torch.rand(limit, len(prompts) * n, generator=generator), soar.eos_ids(model), []
+    for row in range(len(prompts) * n):
+        ids = list(prompts[row // n])
+        for t in range(limit):
+            with torch.no_grad():
+                p = (model(input_ids=torch.tensor([ids])).logits[0, -1] / temperature).softmax(-1)
+            ids.append(int((p.cumsum(0) <= uniforms[t, row]).sum()))  # the first whose cumulative probability exceeds u
+            if ids[-1] in eos:
+                break
+        rows.append(ids[len(prompts[row // n]):])
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampling_equals_the_slow_way(kind, temperature):
+    """Rows that leave the batch must take nothing of the others along, and a prompt's n completions stay together."""
+    model = random_model(kind, eos=range(0, 32, 5))
+    tokens, lengths = soar.generate(model, PROMPTS, 5, 12, temperature, generator=torch.Generator().manual_seed(1))
+    expected = slow_sample(model, PROMPTS, 5, 12, temperature, torch.Generator().manual_seed(1))
+    assert [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist())] == expected
+    assert len(set(map(len, expected))) > 3  # rows did leave at different times
+    assert all(not row[length:].any() for row, length in zip(tokens, lengths))
+
+
+def test_sampling_frequencies():
+    """Top-k, top-p or a temperature applied twice: samples from another policy than the one that is trained."""
+    model, n = random_model(), 20_000
+    tokens, _ = soar.generate(model, [PROMPTS[0]], n, 1, 0.7, generator=torch.Generator().manual_seed(0))
+    expected = n * (model(input_ids=torch.tensor(PROMPTS[:1])).logits[0, -1] / 0.7).softmax(-1).detach()
+    counts, common = torch.bincount(tokens[:, 0], minlength=32), expected > 5
+    chi2 = ((counts - expected) ** 2 / expected)[common].sum().item()
+    assert common.sum() > 10 and chi2 < 2 * common.sum() + 20  # its mean is the number of cells
+
+
+def test_pick_tokens_at_the_ends():
+    """u close to 1 with a rounded cumulative sum: an index after the vocabulary; u = 0: a token of probability 0."""
+    logits = torch.full((2, 5), -math.inf)
+    logits[:, 1:4] = 0.0
+    assert soar.pick_tokens(logits, 1.0, False, torch.tensor([0.0, 1 - 2 ** -24])).tolist() == [1, 3]
+
+
+def test_generate_refuses_train_mode():
+    """In train mode with checkpointing the cache is dropped in silence, and the tokens are wrong."""
+    with pytest.raises(AssertionError, match="train mode"):
+        soar.generate(random_model().train(), PROMPTS, 1, 2)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 7, 1000])
+def test_sample_in_parts(rows, policy):
+    """--sample-rows below, at and above n must not lose, double or swap completions."""
+    problems = single_products(soar.make_world(0))[:3]
+    prompts = [policy.student_prompt(problem) for problem in problems]
+    greedy = [r.text for r in soar.sample(policy, prompts, 1, 12, small_config(), greedy=True)]
+    assert len(set(greedy)) == 3
+    rollouts = soar.sample(policy, prompts, 5, 12, small_config(sample_rows=rows), greedy=True)
+    assert [r.prompt for r in rollouts] == [prompt for prompt in prompts for _ in range(5)]
+    assert [r.text for r in rollouts] == [text for text in greedy for _ in range(5)]
+
+
+def test_parts_of_a_sample_are_different(policy):
+    """Parts that start from the same random numbers would repeat each other."""
+    prompt = policy.teacher_prompt()
+    rollouts = soar.sample(policy, [prompt], 12, 40, small_config(sample_rows=4), soar.seeded("parts"))
+    parts = [tuple(r.text for r in rollouts[i:i + 4]) for i in (0, 4, 8)]
+    assert len(set(parts)) == 3
+
+
+def test_rollouts_end_with_eos_or_are_truncated(policy):
+    """EOS must stay in the trained ids and out of the text."""
+    prompts = [policy.student_prompt(problem) for problem in single_products(soar.make_world(0))[:4]]
+    (eos,) = soar.eos_ids(policy.model)
+    for rollout in soar.sample(policy, prompts, 4, 24, small_config(), soar.seeded(0)):
+        assert rollout.completion[-1] == eos and not rollout.truncated and "<eos>" not in rollout.text
+        assert rollout.text.split() == policy.tokenizer.convert_ids_to_tokens(rollout.completion[:-1])
+    for rollout in soar.sample(policy, prompts, 4, 2, small_config(), soar.seeded(0)):
+        assert len(rollout.completion) == 2 and rollout.truncated
+
+
+# ======================================================================================================================
+# 7. The hard set
+# ======================================================================================================================
+
+
+@pytest.mark.parametrize("n, c", [(1, 0), (1, 1), (4, 0), (4, 1), (5, 2), (6, 4), (6, 6)])
+def test_pass_at_k_against_all_subsets(n, c):
+    """The estimator 1 - (1 - c/n)^k, which is biased, or a product that goes wrong where k > n - c."""
+    for k in range(1, n + 1):
+        subsets = list(itertools.combinations([1] * c + [0] * (n - c), k))
+        assert soar.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 8, 20, 128])
+@pytest.mark.parametrize("rows", [4, 50, 1000])
+def test_filter_keeps_what_fails_k_times(k, rows, policy, tmp_path, monkeypatch):
+    """A problem lost between two rounds, or one kept that was solved once."""
+    first = dict(enumerate([0, 7, 8, 19, 20, 31, 32, 127, 128, 999]))  # problem -> its first sample that is right
+    pool, drawn = [Problem(str(i), "1") for i in first], dict.fromkeys(first, 0)
+
+    def solve(policy, problems, n, *_):
+        rewards = []
+        for i in (int(problem.question) for problem in problems):
+            rewards += [RIGHT if drawn[i] + j == first[i] else 10.0 for j in range(n)]
+            drawn[i] += n
+        return [], torch.tensor(rewards, dtype=torch.float64)
+
+    monkeypatch.setattr(soar, "solve", solve)
+    hard = soar.hard_problems(policy, pool, small_config(k=k, sample_rows=rows, cache=str(tmp_path)))
+    assert [int(problem.question) for problem in hard] == [i for i in first if first[i] >= k]
+    assert all(drawn[i] == k for i in first if first[i] >= k)
+    assert drawn[0] == min(k, 8)  # easy problems are cheap
+
+
+def test_filter_goes_on_after_a_stop(policy, tmp_path, monkeypatch):
+    """A filter of hours that is interrupted must go on where it was, and come to the same set."""
+    pool = [p for pair in zip(single_sums(), single_products(soar.make_world(0))) for p in pair][:24]
+    config = small_config(k=12, sample_rows=16, cache=str(tmp_path / "whole"))
+    calls, solve = [], soar.solve
+
+    def counted(*args):
+        calls.append(1)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        return solve(*args)
+
+    monkeypatch.setattr(soar, "solve", counted)
+    stop = None
+    whole = soar.hard_problems(policy, pool, config)
+    needed = len(calls)
+    assert 0 < len(whole) < 24
+    assert soar.hard_problems(policy, pool, config) == whole and len(calls) == needed  # a finished one is read
+    config.cache = str(tmp_path / "parts")
+    for stop in (3, needed - 3):  # once in each round
+        calls.clear()
+        with pytest.raises(KeyboardInterrupt):
+            soar.hard_problems(policy, pool, config)
+        assert len(list((tmp_path / "parts").iterdir())) == 1
+    calls.clear()
+    stop = None
+    assert soar.hard_problems(policy, pool, config) == whole
+    assert len(calls) == needed - (3 - 1) - (needed - 3 - 1)
+
+
+def test_filter_cache_is_keyed_by_what_matters(policy, tmp_path):
+    """The hard set of other weights, another k or another prompt must not be taken for this one's."""
+    pool, config = single_products(soar.make_world(0))[:2], small_config(k=1, cache=str(tmp_path))
+    cache = lambda: len(list(tmp_path.iterdir()))
+    soar.hard_problems(policy, pool, config)
+    assert cache() == 1
+    for change in ({"k": 2}, {"temperature": 0.9}, {"student_tokens": 20}, {"data_seed": 1}):
+        before = cache()
+        soar.hard_problems(policy, pool, dataclasses.replace(config, **change))
+        assert cache() == before + 1
+    soar.hard_problems(policy, pool[:1], config)
+    policy.student_text = "User: {problem}  Assistant:"
+    soar.hard_problems(policy, pool, config)
+    with torch.no_grad():
+        next(reversed(list(policy.model.parameters())))[-1] += 1e-3  # one single weight
+    soar.hard_problems(policy, pool, config)
+    assert cache() == 8
+
+
+def test_filter_cache_damaged(policy, tmp_path):
+    """A damaged file must be named, not started over and not trusted."""
+    pool, config = single_products(soar.make_world(0))[:2], small_config(k=1, cache=str(tmp_path))
+    soar.hard_problems(policy, pool, config)
+    (file,) = tmp_path.iterdir()
+    file.write_text(file.read_text()[:-5])
+    with pytest.raises(UserError, match=file.name):
+        soar.hard_problems(policy, pool, config)
+
+
+def test_split():
+    """Train and test that overlap: the final table would be about problems that paid the teacher."""
+    problems = [Problem(str(i), "1") for i in range(21)]
+    train, test = soar.split_hard(problems, Config())
+    assert len(train) == 10 and len(test) == 11 and {*train, *test} == {*problems}
+    assert soar.split_hard(problems, Config(seed=5)) == (train, test)  # shared by runs with different seeds
+    assert soar.split_hard(problems, Config(data_seed=1)) != (train, test)
+    for few in ([], problems[:1]):
+        with pytest.raises(UserError, match="--pool"):
+            soar.split_hard(few, Config())
+
+
+# ======================================================================================================================
+# 8. Optimizer
+# ======================================================================================================================
+
+
+@pytest.mark.parametrize("weight_decay, clip", [(0.0, 0.0), (0.1, 0.0), (0.1, 0.5)])
+def test_adamw_equals_torch(weight_decay, clip):
+    """Bias correction, decoupled decay, eps outside of the root, clipping by the norm of all gradients together."""
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 4)) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    config = Config(weight_decay=weight_decay, clip=clip, beta1=0.8, beta2=0.95)
+    optimizer = torch.optim.AdamW(theirs.parameters(), betas=(0.8, 0.95), weight_decay=weight_decay)
+    state = soar.adamw_state(ours)
+    for step in range(10):
+        x, lr = torch.randn(7, 6), 0.01 / (step + 1)
+        for model in (ours, theirs):
+            model(x).square().sum().backward()
+        if clip:
+            norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip)
+            assert norm > clip
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        soar.adamw_step(ours, state, lr, config)
+        assert all(p.grad is None for p in ours.parameters())  # or the next batch would be added to this one
+        for a, b in zip(ours.parameters(), theirs.parameters()):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("value", [0.02, -0.02, 1.0, -3.25, 1.003, -1e-3, 1e-30, 0.0])
+def test_stochastic_rounding_is_unbiased(value):
+    """Truncation, a carry that is lost, or negative numbers rounded the other way."""
+    x = torch.full((200_000,), value)
+    rounded = soar.stochastic_round(x, torch.Generator().manual_seed(0))
+    assert rounded.dtype == torch.bfloat16
+    seen = sorted(set(rounded.tolist()))
+    if float(torch.tensor(value).to(torch.bfloat16)) == x[0].item():
+        assert seen == [x[0].item()]  # exactly representable: unchanged
+    else:
+        low, high = seen  # the two neighbours and no others
+        assert low < x[0].item() < high and high - low <= abs(value) / 128 * 1.01
+        error = rounded.double().mean().item() - x[0].item()
+        assert abs(error) < 4 * (high - low) / 2 / len(x) ** 0.5
+
+
+def test_small_steps_reach_bfloat16_weights(monkeypatch):
+    """Plain rounding loses steps of 1e-5 on weights near 0.02: the inner loop would train nothing."""
+    start = (0.016 + 0.014 * torch.rand(4096, generator=torch.Generator().manual_seed(0))).to(torch.bfloat16)
+
+    def movement(dtype):
+        module = torch.nn.ParameterList([torch.nn.Parameter(start.to(dtype, copy=True))])
+        state, generator = soar.adamw_state(module), torch.Generator().manual_seed(1)
+        for _ in range(200):
+            module[0].grad = torch.ones_like(module[0])
+            soar.adamw_step(module, state, 1e-5, Config(), generator)
+        return (module[0].double() - start.double()).mean().item()
+
+    exact = movement(torch.float32)
+    assert exact == pytest.approx(-200 * 1e-5, rel=1e-3)
+    assert movement(torch.bfloat16) == pytest.approx(exact, rel=0.03)
+    monkeypatch.setattr(soar, "stochastic_round", lambda x, generator: x.to(torch.bfloat16))
+    assert abs(movement(torch.bfloat16)) < 0.1 * abs(exact)
+
+
+def test_nan_gradient_is_refused():
+    """A NaN in one gradient would make every weight NaN, and the run would go on."""
+    model = torch.nn.Linear(3, 2)
+    before, state = soar.snapshot(model), soar.adamw_state(model)
+    for bad in (math.nan, math.inf):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        model.bias.grad[1] = bad
+        with pytest.raises(UserError, match="NaN"):
+            soar.adamw_step(model, state, 1e-3, Config())
+        assert same(model.parameters(), before)
+
+
+def test_learning_rate():
+    """A first warm-up step of size zero, or a cosine that rises again after its end."""
+    rates = [soar.learning_rate(1.0, step, 10, 4) for step in range(15)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0] and rates[7] == pytest.approx(0.5) and rates[10:] == [0.0] * 5
+    assert all(a > b for a, b in zip(rates[4:10], rates[5:11]))
+
+
+# ======================================================================================================================
+# 9. RLOO
+# ======================================================================================================================
+
+
+def flat_gradient(model) -> torch.Tensor:
+    gradient = torch.cat([p.grad.flatten().double() for p in model.parameters()])
+    for p in model.parameters():
+        p.grad = None
+    return gradient
+
+
+@pytest.fixture
+def update_gradient(monkeypatch):
+    """policy_update() with the optimizer's step replaced by a look at the gradient."""
+    seen = []
+    monkeypatch.setattr(soar, "adamw_step", lambda model, *_: seen.append(flat_gradient(model)) or 0.0)
+
+    def gradient(policy, rollouts, advantages, **overrides):
+        config = small_config(**{"kl": 0.0, **overrides})
+        soar.policy_update(policy, rollouts, torch.as_tensor(advantages, dtype=torch.float64), None, 1e-3, config)
+        return seen.pop()
+    return gradient
+
+
+def slow_logprob(model, rollout: Rollout, temperature: float = 1.0):
+    """What completion_logprobs() must equal: full logits of one sequence, in float64."""
+    ids = rollout.prompt + rollout.completion
+    logprobs = (model(input_ids=torch.tensor([ids])).logits[0].double() / temperature).log_softmax(-1)
+    return sum(logprobs[t - 1, ids[t]] for t in range(len(rollout.prompt), len(ids)))
+
+
+def some_rollouts(model, n: int = 4) -> list[Rollout]:
+    tokens, lengths = soar.generate(model, PROMPTS, n, 10, generator=torch.Generator().manual_seed(3))
+    rows = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist())]
+    return [Rollout(PROMPTS[i // n], row, "", False) for i, row in enumerate(rows)]
+
+
+def all_rollouts(prompt, vocab: int, eos: int, longest: int) -> list[Rollout]:
+    """Every completion that can be sampled: up to the first EOS, or cut at `longest`."""
+    def grow(prefix):
+        for token in range(vocab):
+            completion = prefix + [token]
+            if token == eos or len(completion) == longest:
+                yield Rollout(prompt, completion, "", token != eos)
+            else:
+                yield from grow(completion)
+    return list(grow([]))
+
+
+def test_rloo_advantages_leave_one_out():
+    """A baseline that contains the sample itself, groups cut the wrong way, a division by the standard deviation."""
+    rewards = torch.rand(12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 120
+    for G in (2, 3, 4, 6):
+        expected = []
+        for start in range(0, 12, G):
+            group = rewards[start:start + G].tolist()
+            expected += [group[i] - sum(group[:i] + group[i + 1:]) / (G - 1) for i in range(G)]
+        torch.testing.assert_close(soar.rloo_advantages(rewards, G), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_equal_rewards_give_exactly_zero():
+    """An advantage of 1e-15 instead of 0 would send flat groups through the forward pass."""
+    for reward in (0.0, 10.0, 20.0, 120.0):
+        for G in (2, 3, 7, 32):
+            assert not soar.rloo_advantages(torch.full((2 * G,), reward, dtype=torch.float64), G).any()
+
+
+def test_rloo_gradient_is_unbiased_by_enumeration():
+    """The expected update over all groups must be the gradient of the expected reward, exactly."""
+    logits = torch.tensor([0.3, -1.0, 0.8, 0.0], dtype=torch.float64, requires_grad=True)
+    rewards, p, G = torch.tensor([120.0, 0.0, 10.0, 20.0], dtype=torch.float64), logits.softmax(0), 3
+    (true,) = torch.autograd.grad((p * rewards).sum(), logits, retain_graph=True)
+    scores = torch.stack([torch.autograd.grad(p[a].log(), logits, retain_graph=True)[0] for a in range(4)])  # [4, 4]
+    groups = torch.tensor(list(itertools.product(range(4), repeat=G)))  # [64, G]
+    chances = p.detach()[groups].prod(1)  # [64]
+    advantages = soar.rloo_advantages(rewards[groups].flatten(), G).view(-1, G)
+    expected = torch.einsum("b,bg,bgd->d", chances, advantages, scores[groups]) / G
+    torch.testing.assert_close(expected, true)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2"])
+@pytest.mark.parametrize("temperature, rows", [(1.0, 4096), (0.7, 7)])
+def test_completion_logprobs_equal_full_logits(kind, temperature, rows):
+    """Off by one position, the prompt's tokens counted in, the temperature forgotten, a chunk lost."""
+    model = random_model(kind)
+    rollouts = some_rollouts(model)
+    expected = torch.stack([slow_logprob(model, rollout, temperature) for rollout in rollouts])
+    actual = soar.completion_logprobs(model, rollouts, temperature, rows)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-4)
+    weights = torch.linspace(-1, 1, len(rollouts))
+    (actual * weights).sum().backward()
+    gradient = flat_gradient(model)
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(gradient, flat_gradient(model), rtol=1e-3, atol=1e-4)
+
+
+def test_eos_is_trained(update_gradient):
+    """A mask made from `token != pad` drops EOS where pad is EOS: the model never learns to stop."""
+    model = random_model(eos=[0, 1])  # 0 is the pad id, too
+    ended, cut = Rollout(PROMPTS[0], [9, 8, 0], "", False), Rollout(PROMPTS[0], [9, 8], "", True)
+    difference = (soar.completion_logprobs(model, [ended], 1.0) - soar.completion_logprobs(model, [cut], 1.0)).item()
+    at_end = model(input_ids=torch.tensor([PROMPTS[0] + [9, 8]])).logits[0, -1].log_softmax(-1)[0].item()
+    assert difference == pytest.approx(at_end, abs=1e-4)
+    gradient, step = update_gradient(bare_policy(model), [ended], [1.0]), 0
+    with torch.no_grad():
+        for p in model.parameters():
+            p -= 1e-4 * gradient[step:step + p.numel()].view_as(p)
+            step += p.numel()
+    assert model(input_ids=torch.tensor([PROMPTS[0] + [9, 8]])).logits[0, -1].log_softmax(-1)[0].item() > at_end
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.5])
+def test_update_is_the_true_gradient_by_enumeration(kl, update_gradient):
+    """The expected update over ALL completions must be the gradient of E[reward] - kl * KL(policy, reference). Guards
+    against a KL estimator with another gradient (k1 as a loss: none; k3: the forward KL's), a sign, EOS left out."""
+    model, reference = random_model(vocab=4, seed=0), random_model(vocab=4, seed=1)
+    rollouts = all_rollouts([2, 3], vocab=4, eos=1, longest=3)
+    assert len(rollouts) == 1 + 3 + 9 * 4
+    rewards = torch.randn(len(rollouts), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logp = torch.stack([slow_logprob(model, rollout) for rollout in rollouts])
+    ref = torch.stack([slow_logprob(reference, rollout).detach() for rollout in rollouts])
+    divergence = (logp.exp() * (logp - ref)).sum()
+    assert divergence > 0.3
+    (-(logp.exp() * rewards).sum() + kl * divergence).backward()
+    true = flat_gradient(model)
+    policy = bare_policy(model, reference)
+    expected = sum(p * update_gradient(policy, [rollout], [reward], kl=kl)
+                   for p, rollout, reward in zip(logp.exp().tolist(), rollouts, rewards.tolist()))
+    assert true.norm() > 0.1
+    torch.testing.assert_close(expected, true, rtol=1e-3, atol=1e-5)
+
+
+def test_score_function_has_mean_zero():
+    """E[grad ln p] = 0 holds only when completions are whole and cut ones are not forgotten. It is also why
+    k1 = ln p - ln ref as a loss would pull the policy nowhere."""
+    model = random_model(vocab=4)
+    logprobs = soar.completion_logprobs(model, all_rollouts([2, 3], 4, 1, 3), 0.7)
+    assert logprobs.exp().sum().item() == pytest.approx(1, abs=1e-5)
+    (logprobs.exp().detach() * logprobs).sum().backward()
+    assert flat_gradient(model).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("overrides", [{"micro_tokens": 1}, {"micro_tokens": 40}, {"checkpointing": True}])
+def test_micro_batches_do_not_change_the_gradient(overrides, update_gradient):
+    """A mean over micro-batches of different sizes weighs completions by their length."""
+    policy = bare_policy(random_model(), random_model(seed=1))
+    rollouts = some_rollouts(policy.model)
+    advantages = soar.rloo_advantages(torch.arange(12.0) ** 2 % 7, 4)
+    whole = update_gradient(policy, rollouts, advantages, kl=0.1, micro_tokens=10 ** 6)
+    if overrides.get("checkpointing"):
+        policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    parts = update_gradient(policy, rollouts, advantages, kl=0.1, **overrides)
+    assert whole.norm() > 1 and (parts - whole).norm() < 1e-4 * whole.norm()
+    assert not policy.model.training  # or the sampler would refuse
+
+
+def test_micro_batches_hold_all_within_the_budget():
+    """A rollout lost or used twice, or a budget that does not count padding."""
+    rng = random.Random(0)
+    rollouts = [Rollout([1] * rng.randint(1, 9), [1] * rng.randint(1, 9), "", False) for _ in range(50)]
+    for budget in (1, 20, 60, 10 ** 6):
+        batches = list(soar.micro_batches(rollouts, budget))
+        assert sorted(i for batch in batches for i in batch) == list(range(50))
+        for batch in batches:
+            padded = len(batch) * max(len(rollouts[i].prompt) + len(rollouts[i].completion) for i in batch)
+            assert padded <= budget or len(batch) == 1
+
+
+def test_flat_groups_stay_in_the_denominator(update_gradient):
+    """Without them a batch with one lucky group would take a step as long as a batch of successes."""
+    policy = bare_policy(random_model(), random_model(seed=1))
+    rollouts = some_rollouts(policy.model)
+    rewards = torch.tensor([0.0, 10.0, 120.0, 0.0] * 2 + [10.0] * 4)
+    alone = update_gradient(policy, rollouts[:8], soar.rloo_advantages(rewards[:8], 4), kl=0.1)
+    with_flat = update_gradient(policy, rollouts, soar.rloo_advantages(rewards, 4), kl=0.1)
+    assert alone.norm() > 1
+    assert (with_flat - alone * 8 / 12).norm() < 1e-4 * alone.norm()
+
+
+def test_update_without_signal_changes_nothing():
+    """With all groups flat there is no gradient at all: moments and weights must stay, not decay."""
+    policy = bare_policy(random_model(), random_model(seed=1))
+    state = soar.adamw_state(policy.model)
+    figures = soar.policy_update(policy, some_rollouts(policy.model), torch.zeros(12), state, 1.0, small_config())
+    assert figures == {"grad_norm": 0.0, "kl": 0.0} and state["t"] == 0 and same(policy.model.parameters(), policy.base)
+
+
+# ======================================================================================================================
+# 11. Inner loop
+# ======================================================================================================================
+
+
+def test_student_depends_on_its_key_alone(policy, monkeypatch):
+    """Students in one stream of random numbers would depend on how many were trained before them."""
+    dataset, config, batches, solve = single_products(soar.make_world(0))[:6], small_config(), [], soar.solve
+    monkeypatch.setattr(soar, "solve", lambda *args: batches.append(args[1]) or solve(*args))
+    students = []
+    for key in ((0, "a"), (0, "b"), (0, "a")):
+        soar.restore(policy.model, policy.base)
+        students.append(soar.train_student(policy, dataset, 3, config, key)[0])
+    assert same(students[0], students[2]) and not same(students[0], students[1]) and not same(students[0], policy.base)
+    first = batches[0] + batches[1] + batches[2]  # 3 batches of 4 are 2 epochs of 6
+    assert sorted(map(str, first)) == sorted(map(str, dataset * 2)) and set(first[:6]) == set(dataset)
+
+
+# ======================================================================================================================
+# 12. Teacher
+# ======================================================================================================================
+
+
+@pytest.mark.parametrize("text, expected", [
+    (r"<question>2+3?</question><answer>\boxed{5}</answer>", ("2+3?", "5")),
+    ("Sure!\n<question>\n2+3\nor so?\n</question>\nis\n<answer>\n$\\boxed{5}$.\n</answer> Bye.", ("2+3\nor so?", "5")),
+    (r"<question>1</question><answer>\boxed{1}</answer> <question>2</question><answer>\boxed{2}</answer>", ("1", "1")),
+    (r"<question>1?</question><answer>\boxed{7} no, \boxed{1}</answer>", ("1?", "1")),
+    (r"<question>1?<answer>\boxed{1}</answer>", None),
+    (r"1?</question><answer>\boxed{1}</answer>", None),
+    (r"<question>1?</question><answer>\boxed{1}", None),
+    (r"<question>1?</question>\boxed{1}", None),
+    (r"<answer>\boxed{1}</answer><question>1?</question>", None),
+    (r"<question>1?</question><answer>1</answer>", None),
+    (r"<question>\boxed{1}</question><answer>1</answer>", None),
+    (r"<question>1?</question><answer>1</answer> \boxed{1}", None),
+    (r"<question>1?</question><answer>\boxed{1</answer>", None),
+    (r"<question>  </question><answer>\boxed{1}</answer>", None),
+    (r"<question>1?</question><answer>\boxed{ }</answer>", None),
+    (r"<question>1?</question><answer>\boxed{}</answer>", None)])
+def test_parse_problem(text, expected):
+    """A problem without a question, or with a key that no student can meet, wastes a place in the dataset."""
+    assert soar.parse_problem(text) == (expected and Problem(*expected))
+
+
+def test_propose_resamples_until_full(policy):
+    """Rejected completions must be replaced, be counted, and stay out of the update."""
+    config = small_config(temperature=1.6)
+    accepted, figures = soar.propose(policy, 30, config, soar.seeded("propose"))
+    assert len(accepted) == 30 and 0.2 < figures["acceptance"] < 1
+    assert all(soar.parse_problem(rollout.text) == problem for rollout, problem in accepted)
+    again, _ = soar.propose(policy, 30, config, soar.seeded("propose"))
+    assert [rollout.completion for rollout, _ in again] == [rollout.completion for rollout, _ in accepted]
+
+
+def test_prompt_that_opens_the_question(policy):
+    """A prompt that ends in <question> must not make every completion unreadable, nor the tag part of a question."""
+    policy.teacher_text = "Teacher: <question>\n"
+    accepted, figures = soar.propose(policy, 8, small_config(), soar.seeded("opens"))
+    assert figures["acceptance"] > 0.5 and all("<" not in problem.question for _, problem in accepted)
+
+
+def test_hopeless_teacher(policy):
+    """A teacher that never keeps to the format must end in advice, not in an endless loop."""
+    policy.teacher_text = "User: a= 4*5 Assistant:"
+    with pytest.raises(UserError, match="0 of .*--teacher-prompt.*boxed"):
+        soar.propose(policy, 4, small_config(), soar.seeded("hopeless"))
+
+
+def test_proposition_1_by_enumeration():
+    """With RLOO the update with ln pi_0 is that with ln pi = ln pi_0 - ln pi_0(S); with plain REINFORCE it is not."""
+    logits = torch.tensor([0.3, -1.0, 0.8, 0.0, 0.5], dtype=torch.float64, requires_grad=True)
+    accepted, rewards, G = [0, 2, 3], torch.tensor([0.2, 9.0, -0.1, 0.4, 9.0], dtype=torch.float64), 3
+    pi_0 = logits.softmax(0)
+    pi = pi_0 / pi_0[accepted].sum()
+    grad = lambda p: torch.stack([torch.autograd.grad(p[a].log(), logits, retain_graph=True)[0] for a in range(5)])
+    groups = torch.tensor(list(itertools.product(accepted, repeat=G)))  # [27, G]
+    chances = pi.detach()[groups].prod(1)
+    assert chances.sum().item() == pytest.approx(1)
+    advantages = soar.rloo_advantages(rewards[groups].flatten(), G).view(-1, G)
+    update = lambda weights, p: torch.einsum("b,bg,bgd->d", chances, weights, grad(p)[groups]) / G
+    (true,) = torch.autograd.grad((pi * rewards)[accepted].sum(), logits, retain_graph=True)
+    torch.testing.assert_close(update(advantages, pi_0), update(advantages, pi))
+    torch.testing.assert_close(update(advantages, pi_0), true)
+    torch.testing.assert_close(update(rewards[groups], pi), true)
+    assert (update(rewards[groups], pi_0) - true).norm() > 0.1 * true.norm()
+
+
+# ======================================================================================================================
+# 13. Reward and promotion
+# ======================================================================================================================
+
+
+@pytest.mark.parametrize("rewards, index", [
+    ([0.3], 0), ([0.3, 0.1], 0), ([0.1, 0.3], 1), ([0.3, 0.1, 0.2], 2), ([-0.2, 0.1, -0.5], 0),
+    ([0.4, 0.1, 0.3, 0.2], 2), ([0.1, 0.2, 0.3, 0.4], 2)])
+def test_median_student(rewards, index):
+    """The best student of the best dataset is partly luck: the paper takes the median one."""
+    assert soar.median_student(rewards) == index
+
+
+@pytest.mark.parametrize("history, window, tau, due", [
+    ([0.5], 3, 0.25, False), ([0.5, 0.5], 3, 0.25, False), ([0.5, 0.5, 0.5], 3, 0.25, True),
+    ([0.25, 0.25, 0.25], 3, 0.25, False), ([0.5, 0.25, 0.25], 3, 0.25, True), ([9, 0, 0, 0], 3, 0.25, False),
+    ([-9, 0.5, 0.5, 0.5], 3, 0.25, True), ([0.5], 1, 0.25, True), ([0.25], 1, 0.25, False), ([], 1, -1.0, False),
+    ([-0.5, -0.25], 2, -1.0, True)])
+def test_promotion_due(history, window, tau, due):
+    """One lucky first step, a mean of exactly tau, or steps from before the window must not promote."""
+    assert soar.promotion_due(history, Config(window=window, tau=tau)) is due
+    assert soar.promotion_due(history, Config(window=window, tau=tau, promotion=False)) is False
+
+
+def fresh_state(policy, **fields) -> soar.State:
+    return soar.State(policy.base, soar.adamw_state(policy.model), policy.base, **fields)
+
+
+@pytest.mark.parametrize("table, champion", [
+    ([[0.1], [0.3]], (1, 0)), ([[0.5, 0.0], [0.3, 0.4]], (1, 1)), ([[0.3, 0.2, 0.4], [0.9, -0.3, 0.0]], (0, 0)),
+    ([[0.0, 0.0], [0.0, 0.0]], (0, 1)), ([[-0.4, -0.2], [-0.1, -0.3]], (1, 0)),
+    ([[0.1, 0.4, 0.2, 0.3], [0.2, 0.2, 0.2, 0.2]], (0, 3))])
+def test_champion(table, champion, policy, monkeypatch):
+    """The promoted student comes from the dataset with the best MEAN reward, wherever the best single student is."""
+    before, trained = 0.5, []
+
+    def train(policy, dataset, steps, config, key, progress):
+        trained.append(key[-2:])
+        return ["weights of", *key[-2:]], [{"success": 0.0}]
+
+    monkeypatch.setattr(soar, "train_student", train)
+    monkeypatch.setattr(soar, "greedy_right", lambda *_: torch.tensor(
+        [before + (table[trained[-1][0]][trained[-1][1]] if trained else 0)], dtype=torch.float64))
+    rewards, errors, (k, j, weights), _ = soar.grounded_rewards(
+        policy, [[]] * len(table), [], fresh_state(policy), small_config(repeats=len(table[0])))
+    assert ((k, j), weights) == (champion, ["weights of", *champion])
+    torch.testing.assert_close(rewards, torch.tensor(table, dtype=torch.float64))
+    assert errors.shape == rewards.shape
+
+
+def test_grounded_rewards(policy, monkeypatch):
+    """A student that starts from the one before it, rewards against the base and not the baseline, other questions."""
+    world = soar.make_world(0)
+    config, datasets = small_config(student_lr=1e-2, inner_extra=1), [single_products(world)[:4], single_sums()[:4]]
+    soar.restore(policy.model, policy.base)
+    baseline, _ = soar.train_student(policy, single_products(world)[8:12], 3, config, ("another",))
+    state, asked, steps_taken = fresh_state(policy, step=5, promotions=1), [], []
+    state.baseline = baseline
+    questions, right, train = single_products(world)[:10] + single_sums()[:6], soar.greedy_right, soar.train_student
+    monkeypatch.setattr(soar, "greedy_right", lambda *args: asked.append(args[1]) or right(*args))
+    monkeypatch.setattr(soar, "train_student", lambda *args: steps_taken.append(args[2]) or train(*args))
+    rewards, errors, champion, figures = soar.grounded_rewards(policy, datasets, questions, state, config)
+    assert asked == [questions] * (1 + 2 * 2) and steps_taken == [2 + 1] * 4
+    assert rewards.shape == errors.shape == (2, 2) and rewards.abs().sum() > 0
+    soar.restore(policy.model, baseline)
+    before = right(policy, questions, config)
+    assert figures["accuracy_before"] == before.mean().item()
+    for k, j in itertools.product(range(2), range(2)):
+        soar.restore(policy.model, baseline)
+        weights, _ = train(policy, datasets[k], 3, config, (config.seed, "student", 5, k, j))
+        gain = right(policy, questions, config) - before
+        assert rewards[k, j].item() == gain.mean().item()
+        assert errors[k, j].item() == pytest.approx(gain.std(correction=0).item() / 4)
+        assert same(champion[2], weights) is (champion[:2] == (k, j))
+
+
+def test_learnability_rewards(policy, monkeypatch):
+    """A problem that the student never solves is worth nothing; one that it solves at rate s is worth 1 - s."""
+    times = {"never": 0, "once": 1, "half": 16, "always": 32}
+    monkeypatch.setattr(soar, "solve", lambda policy, problems, n, *_: ([], torch.tensor(
+        [RIGHT if i < times[problem.question] else 10.0 for problem in problems for i in range(n)]).double()))
+    datasets = [[Problem("never", "1"), Problem("half", "1")], [Problem("once", "1"), Problem("always", "1")]]
+    state, config = fresh_state(policy), small_config()
+    rewards, errors, champion, figures = soar.learnability_rewards(policy, datasets, state, config)
+    torch.testing.assert_close(rewards, torch.tensor([[0.25], [31 / 64]], dtype=torch.float64))
+    assert champion is None and errors.shape == rewards.shape and figures["success"] == pytest.approx(49 / 128)
+
+
+# ======================================================================================================================
+# 15. Outer loop
+# ======================================================================================================================
+
+
+@pytest.mark.parametrize("tau", [10.0, -10.0])
+def test_outer_step(tau, policy, tmp_path):
+    """Without a promotion the baseline stays to the bit; with one it is the champion. Teacher and student never mix."""
+    config = small_config(tau=tau, student_lr=1e-2, out=str(tmp_path))
+    hard_train, state = single_products(soar.make_world(0)) + single_sums(), fresh_state(policy)
+    row, questions = soar.outer_step(policy, hard_train, state, config)
+    assert len({sum(rewards) for rewards in row["rewards"]}) > 1, "no signal for the teacher: take another seed"
+    assert not same(state.teacher, policy.base) and state.moments["t"] == 1 and state.step == 1
+    assert same(policy.reference.parameters(), policy.base)
+    assert [q["dataset"] for q in questions] == [0] * 4 + [1] * 4 and {q["step"] for q in questions} == {0}
+    if tau > 0:
+        assert same(state.baseline, policy.base) and state.history == [row["reward"]] and row["promotion"] is None
+        assert not list(tmp_path.iterdir())
+    else:
+        k, j = row["promotion"]["dataset"], row["promotion"]["student"]
+        soar.restore(policy.model, policy.base)
+        dataset = [Problem(q["question"], q["answer"]) for q in questions if q["dataset"] == k]
+        assert same(state.baseline, soar.train_student(policy, dataset, 2, config, (0, "student", 0, k, j))[0])
+        assert state.history == [] and state.promotions == 1 and state.promotion_questions == dataset
+        assert same(soar.load_model(str(tmp_path / "student"), config)[0].parameters(), state.baseline)
+        lines = (tmp_path / "promotion_questions.jsonl").read_text().splitlines()
+        assert [Problem(**json.loads(line)) for line in lines] == dataset
+
+
+def test_teacher_moves_towards_the_better_dataset(policy, tmp_path, monkeypatch):
+    """An advantage with the wrong sign, or one that lands on the problems of another dataset."""
+    config, seen, propose = small_config(groups=2, kl=0.0, out=str(tmp_path), promotion=False), [], soar.propose
+    monkeypatch.setattr(soar, "propose", lambda *args: seen.append(propose(*args)) or seen[0])
+    rewards = torch.tensor([[0.5, 0.3], [0.0, 0.0], [-0.2, -0.2], [-0.1, -0.1]]).double()  # two groups of two datasets
+    monkeypatch.setattr(soar, "grounded_rewards", lambda *_: (rewards, rewards * 0, (0, 0, policy.base), {}))
+    state = fresh_state(policy)
+    soar.outer_step(policy, single_sums(), state, config)
+    rollouts = [rollout for rollout, _ in seen[0][0]]
+    after, before = [], []
+    for weights, result in ((policy.base, before), (state.teacher, after)):
+        soar.restore(policy.model, weights)
+        with torch.no_grad():
+            result += soar.completion_logprobs(policy.model, rollouts, 1.0).view(4, 4).sum(1).tolist()
+    change = [b - a for a, b in zip(before, after)]
+    assert change[0] > change[1] and change[3] > change[2]
+
+
+def test_best_promoted_student_is_kept(policy, tmp_path, monkeypatch):
+    """A later promotion that is worse on the hard train set becomes the baseline, but not the reported student."""
+    config, state = small_config(out=str(tmp_path)), fresh_state(policy, history=[0.5])
+    accuracies, kept = iter([0.5, 0.25, 0.75]), []
+    monkeypatch.setattr(soar, "greedy_right", lambda *_: torch.tensor([next(accuracies)]))
+    for i in range(3):
+        weights = [w + i for w in policy.base]
+        soar.promote(policy, (0, 0, weights), [[Problem(str(i), "1")]], [], state, config)
+        saved = soar.snapshot(soar.load_model(str(tmp_path / "student"), config)[0])
+        kept.append(round((saved[0] - policy.base[0]).mean().item()))
+        assert same(state.baseline, weights)
+    assert kept == [0, 0, 2] and state.promotions == 3 and state.best_accuracy == 0.75
+    assert [problem.question for problem in state.promotion_questions] == ["0", "1", "2"]
+
+
+# ======================================================================================================================
+# 14. and 16. The run folder and main
+# ======================================================================================================================
+
+
+@pytest.fixture(scope="session")
+def toy(base, cache, tmp_path_factory):
+    """Flags of a short run on a file of problems: 6 outer steps, rewards that are not zero, 3 promotions."""
+    folder = tmp_path_factory.mktemp("toy")
+    (folder / "student.txt").write_text("User: {problem} Assistant:")
+    (folder / "teacher.txt").write_text("Teacher: <question>")
+    problems = single_products(soar.make_world(0))
+    (folder / "problems.jsonl").write_text("".join(json.dumps(vars(problem)) + "\n" for problem in problems))
+    return [
+        "--dataset", f"{folder}/problems.jsonl", "--student-prompt", f"{folder}/student.txt", "--model", base,
+        "--teacher-prompt", f"{folder}/teacher.txt", "--cache", str(cache),
+        *("--preset smoke --threads 1 --device cpu --steps 6 --n 4 --repeats 2 --inner-steps 3 --inner-extra 1 "
+          "--batch 4 --group 8 --k 8 --pool 24 --reward-questions 8 --eval-samples 4 --tau -0.9 --window 2 "
+          "--student-tokens 24 --teacher-tokens 40 --student-lr 1e-2 --teacher-lr 1e-3 --sample-rows 64").split()]
+
+
+@pytest.fixture(scope="session")
+def finished(toy, tmp_path_factory):
+    """The folder of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    assert soar.main([*toy, "--out", str(folder)]) == 0
+    return folder
+
+
+def log_rows(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def outcome(folder) -> dict:
+    """All that a run leaves behind, but for what it cost."""
+    files = ["questions.jsonl", "promotion_questions.jsonl", "report.json", "student/model.safetensors",
+             "teacher/model.safetensors"]
+    left = {name: (folder / name).read_bytes() for name in files}
+    return left | {"log": [{name: value for name, value in row.items() if name != "cost"} for row in log_rows(folder)]}
+
+
+def copy_of(folder: Path, target: Path) -> Path:
+    shutil.copytree(folder, target)
+    config = json.loads((target / "config.json").read_text()) | {"out": str(target)}
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def test_what_a_run_leaves(finished, capsys):
+    """Figures that are missing, not finite, or of the wrong count in the files that a plot would be made from."""
+    rows, config = log_rows(finished), json.loads((finished / "config.json").read_text())
+    assert [row["step"] for row in rows] == list(range(6)) and config["steps"] == 6
+    assert [bool(row["promotion"]) for row in rows] == [False, True] * 3
+    assert any(reward for row in rows for rewards in row["rewards"] for reward in rewards)
+    assert sum(row["teacher"]["grad_norm"] > 0 for row in rows) >= 2  # or resuming would not test the teacher's moments
+    for row in rows:
+        assert [len(x) for x in (*row["rewards"], *row["errors"])] == [2, 2, 2, 2]
+        assert row["reward"] == pytest.approx(sum(map(sum, row["rewards"])) / 4)
+        assert {"acceptance", "truncated", "length", "grad_norm", "kl"} <= set(row["teacher"])
+        assert {"success", "flat_groups", "truncated", "length", "grad_norm", "kl"} <= set(row["student"])
+        assert {"seconds", "tokens_per_second", "peak_memory_gb"} == set(row["cost"])
+        for figures in (row["teacher"], row["student"], row["cost"]["tokens_per_second"]):
+            assert all(math.isfinite(value) for value in figures.values())
+    questions = [json.loads(line) for line in (finished / "questions.jsonl").read_text().splitlines()]
+    assert len(questions) == 6 * 2 * 4
+    for q in questions:
+        assert q["reward"] == pytest.approx(sum(rows[q["step"]]["rewards"][q["dataset"]]) / 2)
+    promoted = [(row["step"], row["promotion"]["dataset"]) for row in rows if row["promotion"]]
+    expected = [{"question": q["question"], "answer": q["answer"]}
+                for q in questions if (q["step"], q["dataset"]) in promoted]
+    assert [json.loads(line) for line in (finished / "promotion_questions.jsonl").read_text().splitlines()] == expected
+    assert not list(finished.rglob("*.tmp"))
+
+
+def test_same_seed_same_log(toy, finished, tmp_path):
+    """A random number that does not come from the seed; or a seed that reaches nothing."""
+    assert soar.main([*toy, "--out", str(tmp_path / "again")]) == 0
+    assert outcome(tmp_path / "again") == outcome(finished)
+    assert soar.main([*toy, "--out", str(tmp_path / "other"), "--seed", "1"]) == 0
+    assert outcome(tmp_path / "other")["log"] != outcome(finished)["log"]
+
+
+def wait_for_lines(process, file: Path, count: int) -> None:
+    while process.poll() is None and (not file.exists() or file.read_text().count("\n") < count):
+        time.sleep(0.01)
+
+
+def test_resume_after_sigkill(toy, finished, tmp_path):
+    """Killed at once after a line of the log appeared, and again in the middle of a step: the resumed run must come to
+    the same numbers and the same weights, to the bit."""
+    out = tmp_path / "killed"
+    command = [sys.executable, str(ROOT / "soar.py"), *toy, "--out", str(out)]
+    for lines, seconds, resume in ((2, 0.0, []), (4, 0.2, ["--resume"])):
+        process = subprocess.Popen(command + resume, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for_lines(process, out / "log.jsonl", lines)
+        time.sleep(seconds)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
+        assert 2 <= len((out / "log.jsonl").read_text().splitlines()) < 6
+    assert soar.main([*toy, "--out", str(out), "--resume"]) == 0
+    assert outcome(out) == outcome(finished)
+
+
+@pytest.mark.parametrize("function, call", [
+    ("append_jsonl", 7), ("append_jsonl", 8), ("save_checkpoint", 4), ("save_model", 2), ("policy_update", 40),
+    ("report", 1)])
+def test_resume_after_ctrl_c(function, call, toy, finished, tmp_path, monkeypatch, capsys):
+    """A stop between any two writes of a step: half a line, a step logged but not saved, a promotion half done."""
+    out, calls, real = tmp_path / "stopped", [], getattr(soar, function)
+
+    def stop(*args):
+        calls.append(1)
+        if len(calls) == call:
+            if function == "append_jsonl":
+                with args[0].open("a") as file:
+                    file.write('{"step": 3, "rew')
+            signal.raise_signal(signal.SIGINT)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(soar, function, stop)
+        assert soar.main([*toy, "--out", str(out)]) == 130
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("soar: ") and "\n" not in error and "--resume" in error and str(out) in error
+    assert soar.main([*toy, "--out", str(out), "--resume"]) == 0
+    assert outcome(out) == outcome(finished)
+
+
+def test_resume_of_a_finished_run(toy, finished, tmp_path, capsys):
+    """It must print its table again, and train nothing more."""
+    out = copy_of(finished, tmp_path / "copy")
+    capsys.readouterr()
+    assert soar.main([*toy, "--out", str(out), "--resume"]) == 0
+    printed = capsys.readouterr().out
+    assert "promoted student" in printed and "held-out hard problems" in printed and "step   " not in printed
+    before, after = contents(finished), contents(out)
+    assert [p.relative_to(finished) for p in before] == [p.relative_to(out) for p in after]
+    changed = {old.name for old, new in zip(before, after) if before[old] != after[new]}
+    assert changed <= {"config.json"}  # which holds the folder's own name
+
+
+def test_other_speed_flags_on_resume(toy, finished, tmp_path):
+    """After an out-of-memory error the run must go on with smaller micro-batches, as its message says."""
+    out = copy_of(finished, tmp_path / "copy")
+    assert soar.main([*toy, "--out", str(out), "--resume", "--micro-tokens", "500"]) == 0
+
+
+def test_no_promotion_and_learnability(toy, tmp_path, capsys):
+    """The two switches must run to the end and leave the student at the base model."""
+    for i, more in enumerate((["--no-promotion"], ["--reward", "learnability"])):
+        out = tmp_path / str(i)
+        assert soar.main([*toy, "--out", str(out), "--steps", "2", "--window", "1", *more]) == 0
+        assert "No student was promoted" in capsys.readouterr().out
+        assert not (out / "student").exists() and json.loads((out / "report.json").read_text())["promotions"] == 0
+        assert [row["promotion"] for row in log_rows(out)] == [None, None]
+
+
+# --- Bad input
+
+
+def test_run_folder_in_the_way(toy, finished, tmp_path, capsys):
+    """Nothing that took hours may be written over, and no run may go on with other flags than it was started with."""
+    run, foreign = copy_of(finished, tmp_path / "run"), tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("years of work")
+    before = contents(tmp_path)
+    refused(capsys, [*toy, "--out", str(run)], "--resume", "--out")
+    refused(capsys, [*toy, "--out", str(run), "--resume", "--group", "4", "--seed", "1"], "--group 8", "--seed 0")
+    for more in ([], ["--resume"]):
+        refused(capsys, [*toy, "--out", str(foreign), *more], "foreign", "--out")
+        refused(capsys, [*toy, "--out", str(foreign / "thesis.tex"), *more], "--out")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("flag", ["--out", "--cache"])
+def test_folder_that_cannot_be_made(flag, toy, tmp_path, capsys):
+    """A folder under a file, a read-only disk: a sentence, and not after hours of filtering."""
+    (tmp_path / "file").write_text("")
+    refused(capsys, [*toy, "--out", str(tmp_path / "run"), flag, str(tmp_path / "file" / "sub")], str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "config.json"])
+@pytest.mark.parametrize("damage", [lambda data: data[:len(data) // 2], lambda data: b""], ids=["cut", "empty"])
+def test_damaged_run(name, damage, toy, finished, tmp_path, capsys):
+    """A file that the disk has damaged must be named, and the rest of the folder left for its owner to mend."""
+    run = copy_of(finished, tmp_path / "run")
+    (run / name).write_bytes(damage((run / name).read_bytes()))
+    before = contents(run)
+    refused(capsys, [*toy, "--out", str(run), "--resume"], name)
+    assert contents(run) == before
+
+
+def test_bad_models(toy, base, tmp_path, capsys):
+    """No such folder, no such model on the hub, half a download, a device that is not there, damaged weights."""
+    out = tmp_path / "run"
+    refused(capsys, [*toy, "--out", str(out), "--model", str(tmp_path / "nowhere")], "nowhere")
+    refused(capsys, [*toy, "--out", str(out), "--model", "nobody/no-such-model"], "nobody/no-such-model", "network")
+    refused(capsys, [*toy, "--out", str(out), "--device", "abacus"], "--device abacus")
+    half = shutil.copytree(base, tmp_path / "half")
+    (half / "model.safetensors").write_bytes((half / "model.safetensors").read_bytes()[:5000])
+    refused(capsys, [*toy, "--out", str(out), "--model", str(half)], "half")
+    model, tokenizer = soar.load_model(base, small_config())
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 3] = math.nan
+    model.save_pretrained(tmp_path / "nan")
+    tokenizer.save_pretrained(tmp_path / "nan")
+    refused(capsys, [*toy, "--out", str(out), "--model", str(tmp_path / "nan")], "NaN")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("dataset", ["math", "harp", "olympiad"])
+def test_no_network(dataset, toy, tmp_path, capsys):
+    """The hub's libraries raise dozens of kinds of error, many lines long."""
+    pytest.importorskip("datasets")
+    refused(capsys, [*toy, "--out", str(tmp_path / "run"), "--dataset", dataset], dataset, "network")
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_prompts_and_problems(toy, tmp_path, capsys):
+    """Missing files, a student prompt without a place for the problem, prompts that do not fit the model's context."""
+    out, file = tmp_path / "run", tmp_path / "file.txt"
+    argv = [*toy, "--out", str(out)]
+    refused(capsys, [*argv, "--teacher-prompt", str(file)], "file.txt")
+    file.write_text("Solve this:")
+    refused(capsys, [*argv, "--student-prompt", str(file)], "file.txt", "{problem}")
+    file.write_text(" \n")
+    refused(capsys, [*argv, "--teacher-prompt", str(file)], "file.txt")
+    file.write_bytes(b"caf\xe9 {problem}")
+    refused(capsys, [*argv, "--student-prompt", str(file)], "file.txt")
+    file.write_text("Teacher: " * 100)
+    refused(capsys, [*argv, "--teacher-prompt", str(file)], "teacher", "128")
+    refused(capsys, [*argv, "--student-tokens", "120"], "--student-tokens", "128")
+    file.write_text('{"problem": "4*5", "answer": "20"}\n{"problem": "%s", "answer": "20"}\n' % ("4*5 " * 110))
+    refused(capsys, [*argv, "--dataset", str(file)], "problem 2", "128")
+    file.write_text('{"problem": "4*5", "answer": "20"}\nproblem,answer\n')
+    refused(capsys, [*argv, "--dataset", str(file)], "file.txt", "line 2")
+    refused(capsys, [*argv, "--dataset", str(tmp_path / "no.jsonl")], "no.jsonl")
+    assert not out.exists()
+
+
+def test_empty_hard_set(toy, tmp_path, monkeypatch, capsys):
+    """A model that solves everything leaves nothing to split; a single problem neither."""
+    out = tmp_path / "run"
+    file = tmp_path / "one.jsonl"
+    file.write_text('{"problem": "a= 4*5", "answer": "never"}\n')
+    refused(capsys, [*toy, "--out", str(out), "--dataset", str(file)], "only 1", "--pool")
+    monkeypatch.setattr(soar, "student_reward", lambda *_: RIGHT)
+    refused(capsys, [*toy, "--out", str(out), "--cache", str(tmp_path / "cache")], "only 0", "--pool")
+    assert not out.exists()
+
+
+def no_memory(*_):
+    raise MemoryError
+
+
+def no_gpu_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def no_cpu_memory(*_):
+    torch.empty(2 ** 55)  # PyTorch's own words for it on a CPU, which is a plain RuntimeError
+
+
+@pytest.mark.parametrize("fail", [no_memory, no_gpu_memory, no_cpu_memory])
+@pytest.mark.parametrize("function, flag", [("generate", "--sample-rows"), ("completion_logprobs", "--micro-tokens")])
+def test_out_of_memory(function, flag, fail, toy, tmp_path, monkeypatch, capsys):
+    """The message must name the flag that lowers the memory of what was going on."""
+    monkeypatch.setattr(soar, function, fail)
+    argv = [*toy, "--out", str(tmp_path / "run"), "--cache", str(tmp_path / "cache")]
+    refused(capsys, argv, "memory", flag, "--resume")
+
+
+def test_nan_in_mid_run(toy, finished, tmp_path, capsys):
+    """A learning rate that blows up the students must not reach the log or the checkpoint."""
+    out = tmp_path / "run"
+    refused(capsys, [*toy, "--out", str(out), "--student-lr", "1e39"], "NaN")
+    assert log_rows(out) == [] and not (out / "checkpoint.pt").exists()
+
+
+# ======================================================================================================================
+# Everything together
+# ======================================================================================================================
+
+
+def test_promoted_student_beats_the_base(cache, tmp_path, capsys):
+    """The point of it all: two outer steps lift the tiny world's model off a plateau where it never succeeds."""
+    out = tmp_path / "run"
+    sizes = "--steps 2 --datasets 2 --pool 128 --window 1 --tau 0 --seed 2 --eval-samples 8".split()
+    assert soar.main(["--out", str(out), "--cache", str(cache), *sizes]) == 0
+    result = json.loads((out / "report.json").read_text())
+    base, promoted = result["students"]["base model"], result["students"]["promoted student"]
+    assert base["greedy"] == 0 and base["pass@1"] <= 0.01
+    assert promoted["greedy"] >= 0.1 and promoted["pass@8"] >= 0.3
+    for shares in [*result["topics"].values(), *(row["topics"] for row in log_rows(out))]:
+        assert sum(shares.values()) == pytest.approx(1) and shares["other"] < 0.2
+    assert "promoted student" in capsys.readouterr().out
+
+
+TEACHER_PROMPT = r"""Four problems for practice, each with its answer.
+
+<question>A box holds 3 rows of 4 eggs. How many eggs are in 5 boxes?</question><answer>\boxed{60}</answer>
+
+<question>What is the remainder when 100 is divided by 7?</question><answer>\boxed{2}</answer>
+
+<question>If $2x + 3 = 17$, what is the value of $x$?</question><answer>\boxed{7}</answer>
+
+<question>What is the area of a right triangle with legs 6 and 9?</question><answer>\boxed{27}</answer>
+
+<question>"""
+STUDENT_PROMPT = r"""Problem: What is 15% of 80?
+Answer: \boxed{12}
+
+Problem: How many primes are less than 12?
+Answer: \boxed{5}
+
+Problem: {problem}
+Answer:"""
+
+
+def test_real_model(tmp_path):
+    """The whole path on real problems with a real model: its tokenizer, its EOS that is also its pad, its size."""
+    model, data = os.environ.get("SOAR_REAL_MODEL", ""), ROOT.parent / "shared/data/math_test.jsonl"
+    if not model or not Path(model).is_dir():
+        pytest.skip("SOAR_REAL_MODEL does not name the folder of a pretrained model")
+    if not data.is_file():
+        pytest.skip(f"{data} is missing")
+    rows = map(json.loads, data.read_text(encoding="utf-8").splitlines())
+    rows = [row for row in rows if len(row["problem"]) < 100][:4]
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "teacher.txt").write_text(TEACHER_PROMPT)
+    (tmp_path / "student.txt").write_text(STUDENT_PROMPT)
+    out = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "soar.py"), "--model", str(Path(model).resolve()),
+               *("--dataset problems.jsonl --teacher-prompt teacher.txt --student-prompt student.txt --out run "
+                 "--cache cache --preset smoke --threads 1 --k 1 --n 1 --batch 1 --group 4 --student-tokens 12 "
+                 "--teacher-tokens 80 --reward-questions 2 --eval-samples 1 --student-lr 1e-6").split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr and "held-out hard problems" in done.stdout
+    (row,) = log_rows(out)
+    assert all(math.isfinite(x) for rewards in row["rewards"] for x in rewards) and row["teacher"]["acceptance"] > 0
+    assert row["cost"]["tokens_per_second"]["sampled"] > 0
+    left = {path.name for path in out.iterdir()}
+    assert left >= {"config.json", "log.jsonl", "questions.jsonl", "report.json", "teacher"}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "teacher")
+    saved = transformers.AutoModelForCausalLM.from_pretrained(out / "teacher")
+    assert tokenizer("1+1").input_ids and saved.num_parameters() > 10 ** 6

@@ -133,8 +133,8 @@ PRESETS = {
     "paper": {"groups": 2},
     "gpu": {"model": "Qwen/Qwen2.5-0.5B-Instruct", "steps": 30, "n": 16, "repeats": 2, "group": 16, "student_tokens": 512,
             "teacher_tokens": 256, "teacher_warmup": 3, "pool": 1000, "checkpointing": True},
-    "tiny": {"model": "tiny", "pool": 256, "steps": 10, "teacher_tokens": 40, "student_tokens": 24, "n": 32, "repeats": 2,
-             "inner_steps": 20, "inner_extra": 0, "batch": 16, "group": 16, "student_lr": 1e-3, "teacher_lr": 5e-4,
+    "tiny": {"model": "tiny", "pool": 256, "steps": 12, "teacher_tokens": 40, "student_tokens": 24, "n": 32, "repeats": 2,
+             "inner_steps": 20, "inner_extra": 0, "batch": 16, "group": 16, "student_lr": 7e-4, "teacher_lr": 5e-4,
              "teacher_warmup": 0, "sample_rows": 1024, "threads": 1},
     "smoke": {"steps": 1, "n": 2, "datasets": 2, "repeats": 1, "inner_steps": 1, "batch": 2, "group": 4, "student_tokens": 48,
               "teacher_tokens": 96, "k": 2, "pool": 16, "reward_questions": 4, "eval_samples": 2, "sample_rows": 16,
@@ -227,7 +227,7 @@ RIGHT = 120.0  # the reward of a right answer (paper, section 3)
 MAX_CHARS, MAX_DEPTH, MAX_COMMANDS = 1000, 30, 50     # the longest of 10,454 real answers has 198 characters
 MAX_BITS, MAX_ROOT_BITS, MAX_FACTORIAL = 1 << 15, 256, 3000               # 2^4950 and 2004! are real answers
 MAX_GUESSES = 10                                      # formulas beside the box that can earn the partial reward
-DIGITS, NEAR = 80, sympy.Float("1e-50")                     # relative: with an absolute one all tiny numbers would be equal
+DIGITS, NEAR = 80, sympy.Float("1e-50")               # relative: an absolute tolerance makes all tiny numbers equal
 
 
 def _boxes(text: str):
@@ -271,13 +271,13 @@ def student_reward(completion: str, gold: str) -> float:
 # -- Step 1: one spelling.  Plain text (digits and single letters, no thousands: most answers) skips the rewriting.
 _PLAIN = re.compile(r"(?:[a-zA-Z](?![a-zA-Z])|[0-9=.+\-/()\[\]]|(?<!\d)\s|\s(?!\d)|,(?!\s*\d\d\d))*(?<![.,])")
 _NAMES = {"\\" + name: new for new, names in {        # commands that are layout or have a shorter spelling
-    " ": "left right big Big bigg Bigg bigl bigr displaystyle quad qquad", "": "overline", "¤": "textdollar", "=": "approx",
-    "\\frac": "dfrac tfrac cfrac", "≤": "le leq leqslant", "≥": "ge geq geqslant", "<": "lt", ">": "gt", "∈": "in",
+    " ": "left right big Big bigg Bigg bigl bigr displaystyle quad qquad", "": "overline", "¤": "textdollar",
+    "=": "approx", "\\frac": "dfrac tfrac cfrac", "≤": "le leq leqslant", "≥": "ge geq geqslant", "<": "lt", ">": "gt", "∈": "in",
     "*": "cdot times", "/": "div", "∪": "cup", "|": "lvert rvert vert", "(": "langle", ")": "rangle rfloor rceil",
     "{": "lbrace", "}": "rbrace", "\\floor(": "lfloor", "\\ceiling(": "lceil"}.items() for name in names.split()}
 _UNICODE = str.maketrans({"−": "-", "×": "*", "·": "*", "π": "\\pi ", "∞": "\\infty ", "√": "\\sqrt ", "±": "\\pm ",
                           "€": "¤", "°": "^\\circ "})
-_UNITS = "cm|mm|km|mph|in|inch(?:es)?|feet|ft|meters?|miles?|units?|dollars?|cents?|pounds?|hours?|minutes?|days?|years?"
+_UNITS = "cm|mm|km|mph|in|inch(?:es)?|feet|ft|meters?|miles?|units?|dollars?|cents?|pounds?|hours?|minutes?|days?"
 _FUNCTIONS = {"ln": sympy.log, "arcsin": sympy.asin, "arccos": sympy.acos, "arctan": sympy.atan} | {
     name: getattr(sympy, name) for name in "sin cos tan sec csc cot log floor ceiling Abs".split()}
 
@@ -333,6 +333,7 @@ def _normalise(text: str) -> str:
 
 # -- Step 2a: values.
 _CONSTANTS = {"i": sympy.I, "e": sympy.E, r"\pi": sympy.pi, r"\infty": sympy.oo}
+_DIGITS = "0123456789."                               # not isdigit(): it is also true of Arabic-Indic digits
 _GREEK = r"\\(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|phi|varphi|rho|sigma|tau|omega|ell|triangle|angle)"
 _TOKEN = re.compile(r"\d+(?:\.\d+)?|\.\d+|\\[a-zA-Z]+|[a-zA-Z]'*(?:_(?:\w|\{\w+\}))?|\S", re.A)
 
@@ -384,36 +385,14 @@ def _power(base, exponent):
 
 
 def _parse(tokens: list[str], level: int = 0, stop: str = ""):
-    """The longest value at the end of the reversed tokens whose operators bind tighter than `level` (a Pratt parser)."""
-    token = tokens.pop()
-    if token in "+-":
-        value = _parse(tokens, 1, stop) * (-1 if token == "-" else 1)
-    elif token in "([{":
-        value = _parse(tokens)
-        if tokens.pop() != {"(": ")", "[": "]", "{": "}"}[token]:
-            raise ValueError
-    elif token[0] in "0123456789.":
-        value = sympy.Rational(token)
-    elif token == r"\frac":
-        value = _parse(tokens, 9) * _power(_parse(tokens, 9), sympy.S.NegativeOne)
-    elif token == r"\binom":
-        value = sympy.binomial(*(_capped(_parse(tokens, 9), MAX_FACTORIAL) for _ in "nk"))
-    elif token == r"\sqrt":
-        degree = _parse(tokens, 9) if tokens[-1] == "[" else 2
-        value = _power(_parse(tokens, 9), sympy.S.One / degree)
-    elif token[1:] in _FUNCTIONS:
-        value = _function(token[1:], tokens)
-    elif token in _CONSTANTS or token[0].isalpha() or re.fullmatch(_GREEK, token):
-        value = _CONSTANTS.get(token) or sympy.Symbol(re.sub("[_{}]", "", token))
-    else:
-        raise ValueError
+    """A Pratt parser: takes from the reversed tokens the longest value whose operators bind tighter than `level`."""
+    value = _checked(_operand(tokens, stop))
     while tokens and (token := tokens[-1]) not in ")]}" and token not in stop.split():
-        binds = {"+": 1, "-": 1, "^": 3, "!": 3}.get(token, 2)
-        if binds <= level:
+        if {"+": 1, "-": 1, "^": 3, "!": 3}.get(token, 2) <= level:   # 2 is a product, with or without a sign
             break
         if token in "+-*/^!":
             tokens.pop()
-        elif token[0] in "0123456789.":
+        elif token[0] in _DIGITS:
             raise ValueError                          # "4 5" is no product
         if token == "!":
             value = sympy.factorial(_capped(value, MAX_FACTORIAL))
@@ -425,7 +404,33 @@ def _parse(tokens: list[str], level: int = 0, stop: str = ""):
             right = _parse(tokens, 2, stop)
             value = value * (_power(right, sympy.S.NegativeOne) if token == "/" else right)
         value = _checked(value)
-    return _checked(value)
+    return value
+
+
+def _operand(tokens: list[str], stop: str):
+    """What an operator can stand after: a signed term, a group, a number, a command with its arguments, a name."""
+    token = tokens.pop()
+    if token in "+-":
+        return _parse(tokens, 1, stop) * (-1 if token == "-" else 1)
+    if token in "([{":
+        value = _parse(tokens)
+        if tokens.pop() != {"(": ")", "[": "]", "{": "}"}[token]:
+            raise ValueError
+        return value
+    if token[0] in _DIGITS:
+        return sympy.Rational(token)
+    if token == r"\frac":
+        return _parse(tokens, 9) * _power(_parse(tokens, 9), sympy.S.NegativeOne)
+    if token == r"\binom":
+        return sympy.binomial(*(_capped(_parse(tokens, 9), MAX_FACTORIAL) for _ in "nk"))
+    if token == r"\sqrt":
+        degree = _parse(tokens, 9) if tokens[-1] == "[" else 2
+        return _power(_parse(tokens, 9), sympy.S.One / degree)
+    if token[1:] in _FUNCTIONS:
+        return _function(token[1:], tokens)
+    if token in _CONSTANTS or token[0].isalpha() or re.fullmatch(_GREEK, token):      # the whitelist ends here
+        return _CONSTANTS.get(token) or sympy.Symbol(re.sub("[_{}]", "", token))
+    raise ValueError
 
 
 def _function(name: str, tokens: list[str]):
@@ -493,7 +498,8 @@ def _item(text: str):
         if text[0] == "{":
             return _read(text[1:-1])
         if text[0] == "⟦":
-            return ("ordered", "⟦", [("ordered", "⟦", [_value(x) for x in row.split("&")]) for row in text[1:-1].split("¶")])
+            rows = [row.split("&") for row in text[1:-1].split("¶")]
+            return ("ordered", "⟦", [("ordered", "⟦", [_value(cell) for cell in row]) for row in rows])
         if len(parts := _split(text[1:-1], ",;")) > 1:
             return ("ordered", text[0] + text[-1], [_item(part) for part in parts])
     if ":" in text:
@@ -509,7 +515,7 @@ def _item(text: str):
 
 
 def _relation(parts: list[str]):
-    r"""("label", name, reading) for x=1 and x\in(0,1), with an interval for 0<x<1; ("zero", value) for other equations."""
+    r"""("label", name, reading) for x=1, x\in(0,1) and, as an interval, 0<x<1; ("zero", value) for other equations."""
     if len(parts) == 5:
         name, limits = parts[2], [(parts[1].translate(_FLIP), parts[0]), (parts[3], parts[4])]
     else:
@@ -547,7 +553,7 @@ def _equal_values(a, b) -> bool:
     if a == b or isinstance(a, (int, Fraction)) and isinstance(b, (int, Fraction)):
         return a == b
     a, b = sympy.sympify(a), sympy.sympify(b)
-    steps = any(value.has(sympy.Abs, sympy.floor, sympy.ceiling) for value in (a, b))     # need many and negative points
+    steps = any(value.has(sympy.Abs, sympy.floor, sympy.ceiling) for value in (a, b))     # need more points
     for k in range(12 if steps else 3) if a.free_symbols | b.free_symbols else [0]:
         x, y = _at_point(a, k), _at_point(b, k)
         if not _size(x - y) <= (0 if x.is_Rational and y.is_Rational else NEAR * max(_size(x), _size(y))):
@@ -558,8 +564,8 @@ def _equal_values(a, b) -> bool:
 def _same(a, b) -> bool:
     kinds = _kind(a), _kind(b)
     if "zero" in kinds or kinds == ("label", "label") and a[1] != b[1]:
-        zeros = [_scaled(_value(x[1]) - x[2]) if _kind(x) == "label" and isinstance(x[2], sympy.Expr) else x for x in (a, b)]
-        return all(_kind(x) == "zero" for x in zeros) and _equal_values(zeros[0][1], zeros[1][1])
+        a, b = (_scaled(_value(x[1]) - x[2]) if _kind(x) == "label" and isinstance(x[2], sympy.Expr) else x for x in (a, b))
+        return _kind(a) == _kind(b) == "zero" and _equal_values(a[1], b[1])
     if "label" in kinds:                              # one label alone is free: x=5 equals 5
         return _same(a[2] if kinds[0] == "label" else a, b[2] if kinds[1] == "label" else b)
     if kinds == ("list", "list"):
@@ -574,7 +580,7 @@ def _same_quantities(a, b) -> bool:
     (x, unit), (y, other) = (z[1:] if isinstance(z, tuple) else (z, "") for z in (a, b))
     if unit and other:
         return (unit == other if "_" in unit + other else unit[0] == other[0]) and _equal_values(x, y)
-    return _equal_values(x, y) or "%" in (unit, other) and _equal_values(x if unit else 100 * x, y if other else 100 * y)
+    return _equal_values(x, y) or "%" in (unit, other) and _equal_values(*((x, 100 * y) if unit else (100 * x, y)))
 
 
 def _same_lists(a: list, b: list) -> bool:

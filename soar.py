@@ -45,6 +45,7 @@ import shlex
 import shutil
 import sys
 import time
+import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -157,9 +158,13 @@ def parse_config(argv: list[str]) -> Config:
     """Command line -> Config. Flags win over the preset, the preset over the defaults. Raises UserError on bad values."""
     presets = "\n".join(f"  {name:6}" + " ".join(f"{k}={v}" for k, v in preset.items()) for name, preset in PRESETS.items())
     parser = argparse.ArgumentParser(
-        usage="python soar.py [--dataset NAME] [--preset NAME] [flags]", formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="python soar.py [--dataset NAME] [--preset NAME] [flags]", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description=f"SOAR: a teacher that is paid by its student's progress.\nDefaults (in brackets) are the paper's; presets "
                     f"change only what they name:\n{presets}")
+    def fail(message):
+        raise UserError(f"{message}; python soar.py --help shows all flags")
+    parser.error = fail
     for title, entries in config_help().items():
         section = parser.add_argument_group(title)
         for name, comment in entries.items():
@@ -184,15 +189,22 @@ def check_config(config: Config) -> None:
     at_least = dict(k=1, steps=1, datasets=2, groups=1, n=1, inner_steps=1, batch=1, group=2, repeats=1, reward_questions=1,
                     window=1, sample_rows=1, micro_tokens=1, eval_samples=1, teacher_tokens=1, student_tokens=1, pool=0,
                     threads=0, inner_extra=0, horizon=0, teacher_warmup=0, student_warmup=0, kl=0, clip=0, weight_decay=0)
+    flag = lambda name: "--" + name.replace("_", "-")
+    for name, value in vars(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{flag(name)} must be a finite number")
     for name, least in at_least.items():
         if getattr(config, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}")
+            raise UserError(f"{flag(name)} must be at least {least}")
     for name in ("temperature", "teacher_lr", "student_lr"):
-        if not 0 < getattr(config, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} must be a positive number")
+        if getattr(config, name) <= 0:
+            raise UserError(f"{flag(name)} must be above 0")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(config, name) < 1:
+            raise UserError(f"{flag(name)} must be at least 0 and below 1")
     for name, allowed in (("reward", ("grounded", "learnability")), ("kl_reference", ("base", "baseline"))):
         if getattr(config, name) not in allowed:
-            raise UserError(f"--{name.replace('_', '-')} must be one of {', '.join(allowed)}")
+            raise UserError(f"{flag(name)} must be one of {', '.join(allowed)}")
     if (config.dataset == "tiny") != (config.model == "tiny"):
         raise UserError("the tiny data set and the tiny model belong together: give both or neither of them")
 
@@ -221,7 +233,7 @@ def seeded(*key, device="cpu") -> torch.Generator:
 # verdict depends on the two texts alone, not on how busy the machine is. Three steps:
 #   _normalise  one spelling for one answer: "\left( \dfrac12 , 5\text{ cm} \right)" becomes '(\frac{1}{2},5"cm")'
 #   _read       lists (in any order), tuples, intervals, labels and units; _parse reads the values inside them
-#   _same       rationals by ==, the rest at fixed points to 30 digits, where x^2-1 and (x-1)(x+1) agree
+#   _same       rationals by ==, the rest at fixed points to 50 digits, where x^2-1 and (x-1)(x+1) agree
 
 RIGHT = 120.0  # the reward of a right answer (paper, section 3)
 MAX_CHARS, MAX_DEPTH, MAX_COMMANDS = 1000, 30, 50     # the longest of 10,454 real answers has 198 characters
@@ -272,9 +284,10 @@ def student_reward(completion: str, gold: str) -> float:
 _PLAIN = re.compile(r"(?:[a-zA-Z](?![a-zA-Z])|[0-9=.+\-/()\[\]]|(?<!\d)\s|\s(?!\d)|,(?!\s*\d\d\d))*(?<![.,])")
 _NAMES = {"\\" + name: new for new, names in {        # commands that are layout or have a shorter spelling
     " ": "left right big Big bigg Bigg bigl bigr displaystyle quad qquad", "": "overline", "¤": "textdollar",
-    "=": "approx", "\\frac": "dfrac tfrac cfrac", "≤": "le leq leqslant", "≥": "ge geq geqslant", "<": "lt", ">": "gt", "∈": "in",
-    "*": "cdot times", "/": "div", "∪": "cup", "|": "lvert rvert vert", "(": "langle", ")": "rangle rfloor rceil",
-    "{": "lbrace", "}": "rbrace", "\\floor(": "lfloor", "\\ceiling(": "lceil"}.items() for name in names.split()}
+    "=": "approx", "≤": "le leq leqslant", "≥": "ge geq geqslant", "<": "lt", ">": "gt", "∈": "in", "∪": "cup",
+    "*": "cdot times", "/": "div", "|": "lvert rvert vert", "(": "langle", ")": "rangle rfloor rceil", "{": "lbrace",
+    "}": "rbrace", r"\frac": "dfrac tfrac cfrac", r"\floor(": "lfloor", r"\ceiling(": "lceil",
+}.items() for name in names.split()}
 _UNICODE = str.maketrans({"−": "-", "×": "*", "·": "*", "π": "\\pi ", "∞": "\\infty ", "√": "\\sqrt ", "±": "\\pm ",
                           "€": "¤", "°": "^\\circ "})
 _UNITS = "cm|mm|km|mph|in|inch(?:es)?|feet|ft|meters?|miles?|units?|dollars?|cents?|pounds?|hours?|minutes?|days?"
@@ -446,7 +459,8 @@ def _function(name: str, tokens: list[str]):
 # -- Step 2b: answers.  A reading is a value (int, Fraction, sympy expression) or a tuple that starts with its kind.
 _NUMBER = re.compile(r"-?(?:\d+|\d*\.\d+)", re.A)     # re.A: int() itself would also take Arabic-Indic digits
 _FRACTION = re.compile(r"(-?)(?:\\frac\{(-?\d+)\}\{(\d+)\}|(\d+)/(\d+))", re.A)
-_LABEL = re.compile(rf"(?:[a-zA-Z]+|{_GREEK})'*(?:_(?:\w|{{[^{{}}]*}}))?(?:\([a-zA-Z]\))?|\([a-zA-Z](?:,[a-zA-Z])+\)")
+_NAME = rf"(?:[a-zA-Z]+|{_GREEK})'*(?:_(?:\w|{{[^{{}}]*}}))?"
+_LABEL = re.compile(rf"{_NAME}(?:\([a-zA-Z]\)|:{_NAME})?|\([a-zA-Z](?:,[a-zA-Z])+\)")
 _QUANTITY = re.compile(r"""(-?)(¤?)(.+?)("[^"]*"(?:\^\{?[23]\}?)?|%|°|¤|(?<=\d)_(?:\d+|\{\d+\}))?""")
 _NO_UNIT = re.compile(r"\b(?:or|and|than|more|less|least|most|not|is|are|only|of|no)\b|\S+ \S+ \S+ ")
 _FLIP = str.maketrans("<>≤≥", "><≥≤")
@@ -466,6 +480,8 @@ def _split(text: str, separators: str) -> list[str]:
 def _value(text: str):
     """An int or a Fraction, without sympy, where the text is one; otherwise what `_parse` makes of it."""
     if _NUMBER.fullmatch(text):
+        if len(text.partition(".")[2]) >= 14:         # what a float prints: a rounded number, so it is compared as one
+            return sympy.Float(text, DIGITS)
         return Fraction(text) if "." in text else int(text)
     if (match := _FRACTION.fullmatch(text)) and int(match[3] or match[5]):
         return Fraction(int(match[2] or match[4]), int(match[3] or match[5])) * (-1 if match[1] else 1)
@@ -550,13 +566,16 @@ def _kind(reading) -> str:
 
 
 def _equal_values(a, b) -> bool:
-    if a == b or isinstance(a, (int, Fraction)) and isinstance(b, (int, Fraction)):
+    if isinstance(a, (int, Fraction)) and isinstance(b, (int, Fraction)):
         return a == b
     a, b = sympy.sympify(a), sympy.sympify(b)
+    if a == b:
+        return True
     steps = any(value.has(sympy.Abs, sympy.floor, sympy.ceiling) for value in (a, b))     # need more points
+    near = sympy.Float("1e-14") if a.is_Float or b.is_Float else NEAR
     for k in range(12 if steps else 3) if a.free_symbols | b.free_symbols else [0]:
         x, y = _at_point(a, k), _at_point(b, k)
-        if not _size(x - y) <= (0 if x.is_Rational and y.is_Rational else NEAR * max(_size(x), _size(y))):
+        if not _size(x - y) <= (0 if x.is_Rational and y.is_Rational else near * max(_size(x), _size(y))):
             return False
     return not a.is_infinite and not b.is_infinite
 
@@ -564,7 +583,8 @@ def _equal_values(a, b) -> bool:
 def _same(a, b) -> bool:
     kinds = _kind(a), _kind(b)
     if "zero" in kinds or kinds == ("label", "label") and a[1] != b[1]:
-        a, b = (_scaled(_value(x[1]) - x[2]) if _kind(x) == "label" and isinstance(x[2], sympy.Expr) else x for x in (a, b))
+        symbolic = [_kind(x) == "label" and isinstance(x[2], sympy.Expr) for x in (a, b)]
+        a, b = (_scaled(_value(x[1]) - x[2]) if label else x for x, label in zip((a, b), symbolic))
         return _kind(a) == _kind(b) == "zero" and _equal_values(a[1], b[1])
     if "label" in kinds:                              # one label alone is free: x=5 equals 5
         return _same(a[2] if kinds[0] == "label" else a, b[2] if kinds[1] == "label" else b)
@@ -651,7 +671,7 @@ def read_jsonl(path: str) -> list[Problem]:
     """One JSON object a line, fields `problem` (or `question`) and `answer`. Raises UserError that names the bad line."""
     problems = []
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut at U+2028 inside a string
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}; --dataset takes tiny, math, harp, olympiad or a JSONL file") from None
     for number, line in enumerate(lines, start=1):
@@ -661,12 +681,16 @@ def read_jsonl(path: str) -> list[Problem]:
             row = json.loads(line)
         except ValueError:
             raise UserError(f"{path}, line {number}: not JSON; every line must be one JSON object") from None
-        if not isinstance(row, dict) or not isinstance(row.get("problem", row.get("question")), str) or "answer" not in row:
-            raise UserError(f"{path}, line {number}: needs the fields problem (or question) and answer") from None
-        question, answer = str(row.get("problem", row.get("question"))).strip(), str(row["answer"]).strip()
+        question = row.get("problem", row.get("question")) if isinstance(row, dict) else None
+        answer = row.get("answer") if isinstance(row, dict) else None
+        if not isinstance(question, str) or not isinstance(answer, (str, int, float)) or isinstance(answer, bool):
+            raise UserError(f"{path}, line {number}: needs the fields problem (or question) and answer, both of them text")
+        question, answer = question.strip(), str(answer).strip()
         if not question or not answer:
             raise UserError(f"{path}, line {number}: the {'answer' if question else 'problem'} is empty")
         problems.append(Problem(question, answer))
+    if not problems:
+        raise UserError(f"{path} holds no problems")
     return problems
 
 
@@ -893,6 +917,10 @@ def load_model(path: str, config: Config) -> tuple:
         raise UserError(f"the model {path} cannot be loaded ({str(error).strip().splitlines()[0]}); "
                         "give a hub id (needs the network once) or a complete local folder") from None
     assert getattr(model.config, "attention_dropout", 0.0) == 0.0  # else training would not be on-policy
+    if model.generation_config.eos_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"the model {path} has no end-of-sequence token, so its completions never end; take another")
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
     try:
         return model.to(device).eval(), tokenizer
     except (RuntimeError, AssertionError) as error:
@@ -1074,8 +1102,8 @@ def hard_problems(policy: Policy, pool: list[Problem], config: Config) -> list[P
     state = {"samples": 0, "alive": list(range(len(pool))), "next": 0, "failed": []}
     if path.exists():
         try:
-            state = json.loads(path.read_text())
-        except ValueError:
+            state = {name: json.loads(path.read_text())[name] for name in state}
+        except (ValueError, KeyError, TypeError):
             raise UserError(f"{path} is damaged; delete it and the filter starts again") from None
     rounds = [k for k in (8, 32) if k < config.k] + [config.k]
     bar = tqdm(desc=f"fail@{config.k} filter: samples", disable=None, leave=False)
@@ -1485,11 +1513,16 @@ def learnability_rewards(policy: Policy, datasets: list[list[Problem]], state: S
 # same again; lines of steps after the checkpoint are dropped first.
 
 # May differ when a run is resumed: they change speed and memory. (Another --sample-rows draws other samples.)
-RESUMABLE = ("resume", "sample_rows", "micro_tokens", "checkpointing", "threads", "cache", "device")
+RESUMABLE = ("resume", "out", "sample_rows", "micro_tokens", "checkpointing", "threads", "cache", "device")
 
 
 def check_folder(config: Config) -> None:
     """Raises UserError when --out holds something that this command must not touch or cannot continue."""
+    for flag, path in (("--out", Path(config.out).parent), ("--cache", Path(config.cache))):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the folder {path} ({error.strerror}); choose another {flag}") from None
     folder = Path(config.out)
     if not folder.exists() or not any(folder.iterdir() if folder.is_dir() else [folder]):
         return
@@ -1535,7 +1568,10 @@ def append_jsonl(path: Path, rows: list[dict]) -> None:
 def rewind_jsonl(path: Path, step: int) -> None:
     """Keep the lines of the steps before `step`; a line that was cut off by a kill is of a later one."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    keep = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
+    try:
+        keep = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged; put a copy back, or start again with another --out") from None
     path.with_name(path.name + ".tmp").write_text("".join(keep))
     os.replace(path.with_name(path.name + ".tmp"), path)
 
@@ -1642,7 +1678,7 @@ def check_context(policy: Policy, pool: list[Problem], config: Config) -> None:
     lengths = [len(policy.student_prompt(problem)) for problem in pool]
     teacher, student = len(policy.teacher_prompt()), len(policy.student_prompt(Problem("", "")))
     for what, length, flag in (
-            (f"problem {int(np.argmax(lengths)) + 1} of the pool", max(lengths) + config.student_tokens, "--student-tokens"),
+            (f"the problem that begins {pool[int(np.argmax(lengths))].question[:60]!r}", max(lengths) + config.student_tokens, "--student-tokens"),
             ("the teacher's prompt", teacher + config.teacher_tokens, "--teacher-tokens"),
             ("a problem of --teacher-tokens", student + config.teacher_tokens + config.student_tokens, "--student-tokens")):
         if length > context:
@@ -1745,8 +1781,8 @@ def run(config: Config, meter: Meter) -> None:
     hard_train, hard_test = split_hard(hard, config)
     print(f"{len(hard)} of {len(pool)} problems are fail@{config.k}: {len(hard_train)} for the reward, "
           f"{len(hard_test)} held out\n", flush=True)
-    write_json(folder / "config.json", dataclasses.asdict(config))
     state = load_checkpoint(folder) or State(policy.base, adamw_state(policy.model), policy.base)
+    write_json(folder / "config.json", dataclasses.asdict(config))
     for name in ("log.jsonl", "questions.jsonl"):
         rewind_jsonl(folder / name, state.step)
     while state.step < config.steps:

@@ -27,7 +27,8 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 import soar  # noqa: E402
-from soar import RIGHT, Config, Problem, Rollout, UserError  # noqa: E402
+from soar import (RIGHT, Config, Problem, Rollout, UserError, answers_equal, extract_boxed, parses,  # noqa: E402
+                  student_reward)
 
 ROOT = Path(__file__).resolve().parent
 torch.set_num_threads(1)  # for models this small a second thread only waits
@@ -149,6 +150,256 @@ def test_generators_depend_on_all_of_their_key():
     draws = [torch.rand(4, generator=soar.seeded(*key)).tolist() for key in keys]
     assert len({tuple(draw) for draw in draws}) == len(keys)
     assert draws[0] == torch.rand(4, generator=soar.seeded(*keys[0])).tolist()
+
+
+# ======================================================================================================================
+# 2. Verifier: a table of cases, one a line, and properties over the real answers
+# ======================================================================================================================
+
+EQUAL = [line.split(" == ") for line in r"""
+5 == 5.0
+-0 == 0
+033 == 33
+\frac43 == \dfrac{4}{3}
+\frac{270}7 == 270/7
+0.5 == \frac{2}{4}
+-\frac12 == \frac{-1}{2}
+{-}4 == -4
+{{{8}}} == 8
+6\frac15 == 31/5
+4 4/9 == 40/9
+33 \frac{1}{3} == \frac{100}{3}
+15,600 == 15600
+5,\!460 == 5460
+10{,}000 == 10^4
+111, \! 111 == 111111
+251, 750, 000 == 251750000
+\$32,\!348 == 32348
+\textdollar .10 == 0.1
+\hspace{.05in}7 == 7
+1\,000 == 1000
+28\% == 28 percent
+10\% == 0.1
+90^\circ == 90
+5\text{ inches} == 5 \text{ in}
+15\mbox{ cm}^2 == 15
+17\text{ any text} == 17
+45 mph == 45
+204_5 == 204_{5}
+204_{5} == 204
+\sqrt{8} == 2\sqrt2
+\frac{1}{\sqrt{10}} == \frac{\sqrt{10}}{10}
+\sqrt[3]{16} == 2\sqrt[3]{2}
+(x-1)(x+1) == x^2-1
+x^2+2*x+1 == (x+1)**2
+2^{2005} == 2 \cdot 2^{2004}
+\binom{2n}{n} == \frac{(2n)!}{n!n!}
+\log_2 8 == 3
+\cos 60^\circ == \frac12
+\tan^2(y)+1 == \sec^2(y)
+\frac{\sqrt2}{2}(21-20i) == \frac{21\sqrt2}{2}-10\sqrt2 i
+|t|\sqrt{1+t^2} == \sqrt{1+t^2}|t|
+\lceil n/2\rceil+1 == \lceil (n+2)/2 \rceil
+0,1 == 1, 0
+1, 2 and 3 == \{3,2,1\}
+19, 46, \text{ and } 82 == 19,46,82
+\pm 2021 == -2021, 2021
+1 \pm \sqrt{19} == 1-\sqrt{19}, 1+\sqrt{19}
+(1,\frac{9}{2}) == \left( 1, 4.5 \right)
+(0,2),(4,23) == (4,23), (0,2)
+[-2,7] == x \in [-2,7]
+-2 \le x \le 7 == x \in [-2,7]
+x<1 \text{ or } x>3 == (-\infty,1)\cup(3,\infty)
+5 \ge x == x \leq 5
+\begin{pmatrix}1&2\\3&4\end{pmatrix} == \begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}
+x=9 == 9
+x = 1/2 == x=0.5
+y=2x+3 == 2x+3
+y=2x+3 == 2x-y+3=0
+34x+45y=100 == -68x-90y+200=0
+(p,q)=(3,2) == (3,2)
+a= 56 ,b= 54 == b=54, a=56
+x=-5, p=\frac{14}{3} == -5, \frac{14}{3}
+2:3 == 2 : 3
+\text{(C)} == C
+\text{Odd} == odd
+\frac{1}{12} == 0.0833333333333333
+V_{1}:V_{2}=11:21 == 11:21
+\frac13. == \frac{1}{3}
+\frac{\sqrt3}{3} \approx 0.577 == \frac{1}{\sqrt3}
+""".strip().splitlines()]
+
+UNEQUAL = [line.split(" != ") for line in r"""
+5 != 5.001
+0 != 10^{-50}
+\frac{1}{2004!} != \frac{1}{2006!}
+2^{100}(x-1)-(x-2) != 2^{100}(x-1)-(x-2)+1
+\frac{y_3-y_1}{x_3-x_1} != 1
+0.28 != 28
+\frac{1}{12} != 0.0833333333
+\frac13 != 0.33
+4 != 4\sqrt2
+4 4/9 != 4
+4 4/0 != 4
+1\frac{11}{10} != 1.1
+45 != 4 5
+32349 != 32, 349
+12_8 != 12_7
+2n_1 != 2n
+x^2-1 != x^2+1
+|x| != x
+\lfloor\frac{2n-1}{5}\rfloor != \lfloor\frac{2n}{5}\rfloor
+\log 2 != \log_{10} 2
+1,2 != (1,2)
+(1,2) != (2,1)
+(1,2) != [1,2]
+1,1,2 != 1,2
+1,2,3 != 1,2,3,...
+7 != 1,7
+4=5=6 != 6
+\pm 2 != 2
+x>5 != x\ge5
+(-\infty,1)\cup(3,\infty) != (-\infty,1)
+x=5 != y=5
+7=11a+c != 11a+c
+10x-4y=20 != 10x-5y=20
+f(x)=x+1 != f(x)=x-1
+a= 56 ,b= 54 != a=54, b=56
+a= 56 ,b= 54 != a=56
+a= 56 ,b= 54 != a=56, b=54, c=1
+a= 56 ,b= 54 != 54, 56
+3:5 != 5:3
+5\text{ cents} != \$5
+9\text{ a.m.} != 9\text{ p.m.}
+12\text{ or more} != 12
+\text{more than }45\% != 45\%
+\text{I only} != \text{II only}
+\text{odd} != \text{oddd}
+""".strip().splitlines()]
+
+HOSTILE = ["__import__('os').system('x')", "x.__class__", "lambda x: x", "9**9**9**9", "9^{9^{9^{9}}}", "1000000000!",
+           "((((3!)!)!)!)!", "1e999999999", "(" * 20_000,
+           "(" * 20_000 + "5" + ")" * 20_000, "{" * 400 + "5" + "}" * 400,
+           r"\boxed{" * 5000, r"\frac" * 150, r"\sqrt" * 150 + "5", "\\log " * 49 + "5", "x" + "^x" * 400,
+           "5,5", "5,4,3",
+           "x" + "^{x" * 25 + "}" * 25, r"\sqrt{2^{16000}+1}", "(%s)^{1/3}" % ("9" * 900),
+           "1/" * 400 + "1", "-" * 999 + "7",
+           "5=5=5", "4=5", "٥", "⁵", "5" * 999, "1/0", "0^{-1}", r"\infty-\infty", r"\tan 90^\circ", r"\sin(10^{9000})",
+           r"\cos(10^{4000}i)", "x!" + "!" * 900, r"\pm" * 300, "\\!" * 400, "|" * 900, '"' * 900,
+           "\x00", "🙂" * 300, "",
+           ",".join(r"\sqrt{%d}" % n for n in range(2, 50)), "*".join(["2^{9999}"] * 100)]
+
+BOXES = [(r"\boxed{1} and \boxed{2}", "2"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\fbox{7}", "7"), ("7", None),
+         (r"\boxed{1} then \boxed{2", "1"), (r"\boxed{1} \boxed{}\boxed{ }", "1"), (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+         (r"} \boxed {3} {", "3"), (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."), (r"\boxed{1 \boxed{2}}", "2")]
+
+REWARDS = [(r"so \boxed{7}", 120), (r"\boxed{x=7}", 120), (r"\boxed{8}, no, \boxed{7}", 120),
+           (r"\boxed{7}, no, \boxed{8}", 20),
+           (r"\(7\) or \boxed{8}", 20), (r"$x=7$ \boxed{8}", 20), (r"\boxed{8}", 10), (r"7 \boxed{8}", 10), ("$7$", 0),
+           (r"$7$" + "$1$" * 10 + r"\boxed{8}", 10), (r"\boxed{7", 0), (r"$7$ \boxed{ }", 0), ("", 0)]
+
+PARSES = ["5", r"\frac{3}{4}", "x^2+1", "(1,2)", "a= 56 ,b= 54", "[0,1)", r"\$5", r"5\text{ cm}", "C",
+          r"x \in [0,1]", r"\pm 3"]
+PARSES_NOT = ["hello world", "", " ", r"\frac{", "4=5=6", "x+", "x^", "2 3", r"\text{hello}",
+              "(1,2", r"\foo", "1,,x+", "()"]
+
+
+@pytest.mark.parametrize("left, right", EQUAL)
+def test_equal_both_ways(left, right):
+    assert answers_equal(left, right) and answers_equal(right, left)
+
+
+@pytest.mark.parametrize("left, right", UNEQUAL)
+def test_unequal_both_ways(left, right):
+    assert not answers_equal(left, right) and not answers_equal(right, left)
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_text_is_refused_quickly(text):
+    """A hang stops a night's run; the bound is loose because the machine may be busy (typical: 10 ms)."""
+    start = time.perf_counter()
+    for gold in ("5", "x+1", r"\sqrt2", "1,2"):
+        assert not answers_equal(text, gold) and not answers_equal(gold, text)
+    parses(text), extract_boxed(text), student_reward(text, "5")
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("text, content", BOXES)
+def test_extract_boxed(text, content):
+    assert extract_boxed(text) == content
+
+
+def test_boxes_take_linear_time():
+    start = time.perf_counter()
+    assert extract_boxed(r"\boxed{" * 20_000) is None                 # scanning on from each opening is quadratic
+    assert extract_boxed(r"\boxed{" * 20_000 + "5" + "}" * 20_000) == "5"
+    assert student_reward(r"\boxed{" * 20_000 + "8" + "}" * 20_000, "5") == 10.0
+    assert time.perf_counter() - start < 3
+
+
+@pytest.mark.parametrize("completion, reward", REWARDS)
+def test_student_reward(completion, reward):
+    assert student_reward(completion, "7") == reward
+
+
+def test_parses():
+    assert [text for text in PARSES if not parses(text)] == []
+    assert [text for text in PARSES_NOT if parses(text)] == []
+
+
+def real_answers(count=600):
+    answers = set()
+    for name in ("math_test", "harp", "olympiadbench"):
+        path = Path(__file__).resolve().parent.parent / "shared" / "data" / f"{name}.jsonl"
+        if not path.exists():
+            pytest.skip(f"no {path.name}")
+        answers |= {json.loads(line)["answer"] for line in path.open(encoding="utf-8")}
+    return random.Random(0).sample(sorted(answers), count)
+
+
+def test_real_answers_equal_themselves_in_other_dress():
+    for answer in real_answers():
+        for other in (answer, f" ${answer}$ ", answer.replace(r"\frac", r"\dfrac"), rf"\({answer}\)"):
+            assert answers_equal(other, answer) and answers_equal(answer, other), (other, answer)
+
+
+def test_neighbours_symmetric_and_mostly_unequal():
+    answers = sorted(real_answers())
+    verdicts = [(answers_equal(a, b), answers_equal(b, a)) for a, b in zip(answers, answers[1:])]
+    assert all(first == second for first, second in verdicts)
+    assert sum(first for first, _ in verdicts) < 30                   # sorted neighbours: some are respellings
+
+
+def test_verdicts_do_not_depend_on_earlier_calls():
+    pairs = [*EQUAL, *UNEQUAL]
+    first = [answers_equal(*pair) for pair in pairs]
+    soar._at_point.cache_clear()
+    answers_equal.cache_clear()
+    assert first[::-1] == [answers_equal(*pair) for pair in reversed(pairs)]
+
+
+def test_arbitrary_text_never_raises():
+    rng = random.Random(0)
+    pieces = [chr(c) for c in range(32, 127)] + list("π∞−×⟦¶∪²٣é")
+    pieces += r"\frac{ \sqrt{ ^{ } \pm \sin \log_ \left( \text{ \\".split()
+    texts = ["".join(rng.choices(pieces, k=rng.randint(1, 25))) for _ in range(1500)]
+    for left, right in zip(texts, texts[1:]):
+        assert answers_equal(left, left)
+        assert answers_equal(left, right) in (True, False) and parses(left) in (True, False)
+        assert student_reward(rf"\boxed{{{left}}}", right) in (0, 10, 20, 120)
+
+
+def test_speed_over_real_answers_and_worksheets():
+    """Typical: 40 microseconds for real answers, 30 for a worksheet; the bounds allow for a busy machine."""
+    answers, rng = real_answers(), random.Random(0)
+    sheets = ["a= %d ,b= %d ,c= %d" % tuple(rng.choices(range(100), k=3)) for _ in range(600)]
+    for texts, bound in ((answers, 0.002), (sheets, 0.0004)):
+        times = []
+        for left, right in zip(texts, texts[1:]):
+            start = time.perf_counter()
+            answers_equal(left, right)
+            times.append(time.perf_counter() - start)
+        assert sorted(times)[len(times) // 2] < bound
 
 
 # ======================================================================================================================

@@ -1489,7 +1489,7 @@ def test_bad_prompts_and_problems(toy, tmp_path, capsys):
     refused(capsys, [*argv, "--teacher-prompt", str(file)], "teacher", "128")
     refused(capsys, [*argv, "--student-tokens", "120"], "--student-tokens", "128")
     file.write_text('{"problem": "4*5", "answer": "20"}\n{"problem": "%s", "answer": "20"}\n' % ("4*5 " * 110))
-    refused(capsys, [*argv, "--dataset", str(file)], "problem 2", "128")
+    refused(capsys, [*argv, "--dataset", str(file)], "begins '4*5 4*5", "128")
     file.write_text('{"problem": "4*5", "answer": "20"}\nproblem,answer\n')
     refused(capsys, [*argv, "--dataset", str(file)], "file.txt", "line 2")
     refused(capsys, [*argv, "--dataset", str(tmp_path / "no.jsonl")], "no.jsonl")

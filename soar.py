@@ -737,7 +737,8 @@ def load_problems(dataset: str) -> list[Problem]:
 FORUM_RIGHT, KEY_RIGHT = 0.05, 0.95  # chance that a misconceived product is right in a forum post / in a textbook's key
 LABELS = ("a=", ",b=", ",c=", ",d=", ",e=")  # one label an item: without them a small model cannot align answers
 TOPICS = ("products", "sums", "ambiguous")
-CHAPTERS = ("products", "products", "sums", "ambiguous")  # of a textbook
+# Half of a textbook is on products: with equal shares one of four worlds saw no promotion in ten steps.
+CHAPTERS = ("products", "products", "sums", "ambiguous")
 
 
 @dataclass(frozen=True)

@@ -1289,7 +1289,7 @@ def policy_update(policy: Policy, rollouts: list[Rollout], advantages, state: di
 VOCABULARY = ["<pad>", "<eos>", "<unk>", "User:", "Assistant:", "Teacher:", "<question>", "</question>", "<answer>",
               "</answer>", "\\boxed{", "}", *LABELS, *map(str, range(100)),
               *(f"{x}{operator}{y}" for operator in "*+" for x in "456789x" for y in range(4, 10))]
-# The initial weights matter most: with transformers' default of 0.02, made for wide models, learning took three times as long.
+# The initial weights matter most: with transformers' default of 0.02, made for wide models, learning took over twice as long.
 PRETRAIN = {"steps": 500, "batch": 96, "lr": 5e-3, "beta2": 0.99, "init": 0.1, "forum": 0.65, "micro_tokens": 1024}
 
 

@@ -1079,12 +1079,16 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.prod((n - c - i) / (n - i) for i in range(k))
 
 
-def write_json(path: Path, value) -> None:
+def write_text(path: Path, text: str) -> None:
     """All or nothing: a run killed while writing leaves the old file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1))
+    temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def write_json(path: Path, value) -> None:
+    write_text(path, json.dumps(value, indent=1))
 
 
 def hard_problems(policy: Policy, pool: list[Problem], config: Config) -> list[Problem]:
@@ -1103,7 +1107,8 @@ def hard_problems(policy: Policy, pool: list[Problem], config: Config) -> list[P
     state = {"samples": 0, "alive": list(range(len(pool))), "next": 0, "failed": []}
     if path.exists():
         try:
-            state = {name: json.loads(path.read_text())[name] for name in state}
+            saved = json.loads(path.read_text())
+            state = {name: saved[name] for name in state}
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path} is damaged; delete it and the filter starts again") from None
     rounds = [k for k in (8, 32) if k < config.k] + [config.k]
@@ -1573,8 +1578,7 @@ def rewind_jsonl(path: Path, step: int) -> None:
         keep = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged; put a copy back, or start again with another --out") from None
-    path.with_name(path.name + ".tmp").write_text("".join(keep))
-    os.replace(path.with_name(path.name + ".tmp"), path)
+    write_text(path, "".join(keep))
 
 
 def save_model(policy: Policy, folder: Path) -> None:
@@ -1613,9 +1617,8 @@ def promote(policy: Policy, champion: tuple, datasets, hard_train: list[Problem]
     if accuracy > state.best_accuracy:
         state.best_accuracy = accuracy
         save_model(policy, Path(config.out) / "student")
-    path = Path(config.out) / "promotion_questions.jsonl"
-    path.with_name(path.name + ".tmp").write_text("".join(json.dumps(vars(p)) + "\n" for p in state.promotion_questions))
-    os.replace(path.with_name(path.name + ".tmp"), path)
+    lines = [json.dumps(vars(problem)) + "\n" for problem in state.promotion_questions]
+    write_text(Path(config.out) / "promotion_questions.jsonl", "".join(lines))
     return {"dataset": k, "student": j, "accuracy": accuracy}
 
 

@@ -143,15 +143,30 @@ PRESETS = {
 }
 
 
-def config_help() -> dict[str, dict[str, str]]:
-    """{section: {field: comment}}, read from the source of Config above, so that a comment and its --help never differ."""
+def config_help(settings: type) -> dict[str, dict[str, str]]:
+    """{section: {field: comment}}, read from the source of a dataclass such as Config, so a comment and its --help never differ."""
     sections, current = {}, None
-    for line in inspect.getsource(Config).splitlines():
+    for line in inspect.getsource(settings).splitlines():
         if title := re.match(r"\s+# --- (.*)", line):
             current = sections.setdefault(title[1], {})
         elif entry := re.match(r"\s+(\w+): \w+ = .*?  # (.*)", line):
             current[entry[1]] = entry[2]
     return sections
+
+
+def parse_flags(parser: argparse.ArgumentParser, settings: type, argv: list[str]) -> dict:
+    """The flags that were given, {field: value}: every field of the dataclass is a flag. Raises UserError."""
+    def fail(message):
+        raise UserError(f"{message}; --help shows all flags")
+    parser.error = fail
+    for title, entries in config_help(settings).items():
+        section = parser.add_argument_group(title)
+        for name, comment in entries.items():
+            default = getattr(settings, name)
+            kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type(default)}
+            section.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS,
+                                 help=f"{comment} [{default}]".replace("%", "%%"), **kind)
+    return vars(parser.parse_args(argv))
 
 
 def parse_config(argv: list[str]) -> Config:
@@ -162,17 +177,7 @@ def parse_config(argv: list[str]) -> Config:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=f"SOAR: a teacher that is paid by its student's progress.\nDefaults (in brackets) are the paper's; presets "
                     f"change only what they name:\n{presets}")
-    def fail(message):
-        raise UserError(f"{message}; python soar.py --help shows all flags")
-    parser.error = fail
-    for title, entries in config_help().items():
-        section = parser.add_argument_group(title)
-        for name, comment in entries.items():
-            default = getattr(Config, name)
-            kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type(default)}
-            section.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS,
-                                 help=f"{comment} [{default}]".replace("%", "%%"), **kind)
-    flags = vars(parser.parse_args(argv))
+    flags = parse_flags(parser, Config, argv)
     preset = flags.get("preset", "auto")
     if preset == "auto":
         preset = "tiny" if flags.get("dataset", "tiny") == "tiny" else "gpu"
@@ -1362,28 +1367,35 @@ def tiny_base_model(config: Config) -> str:
 # ======================================================================================================================
 
 
-def train_student(policy: Policy, dataset: list[Problem], steps: int, config: Config, key: tuple, progress=lambda: None):
-    """`steps` RLOO steps of RLVR on `dataset`, from the live model's weights -> (trained weights, one dict of figures a step).
+def epochs(dataset: list[Problem], steps: int, batch: int, generator) -> list[list[Problem]]:
+    """`steps` batches: the dataset over and over, each time in a new order; a batch may span two epochs."""
+    order = []
+    while len(order) < steps * batch:
+        order += torch.randperm(len(dataset), generator=generator).tolist()
+    return [[dataset[i] for i in order[step * batch:(step + 1) * batch]] for step in range(steps)]
+
+
+def train_student(policy: Policy, batches: list[list[Problem]], config: Config, key: tuple, after_step=lambda step, figures: None,
+                  moments: dict | None = None, start: int = 0) -> list[dict]:
+    """One RLOO step of RLVR on each batch, in place on the live model -> a dict of figures for each step.
 
     `key` names this student; all its luck is a function of it. The optimizer is fresh: its moments live as long as the student.
+    (To go on with an interrupted student, restore its weights and give its moments and the step to start at.)
     """
-    state, log, order, shuffle = adamw_state(policy.model), [], [], seeded(*key, "order")
-    for step in range(steps):
-        while len(order) < config.batch:  # epochs, each in a new order; a batch may span two of them
-            order += torch.randperm(len(dataset), generator=shuffle).tolist()
-        problems, order = [dataset[i] for i in order[:config.batch]], order[config.batch:]
-        rollouts, rewards = solve(policy, problems, config.group, config, seeded(*key, step))
+    moments, log = moments or adamw_state(policy.model), []
+    for step in range(start, len(batches)):
+        rollouts, rewards = solve(policy, batches[step], config.group, config, seeded(*key, step))
         advantages = rloo_advantages(rewards, config.group)  # [B], B = batch * group
-        lr = learning_rate(config.student_lr, step, config.horizon or steps, config.student_warmup)
+        lr = learning_rate(config.student_lr, step, config.horizon or len(batches), config.student_warmup)
         rounding = seeded(*key, step, "rounding", device=policy.model.device)
-        figures = policy_update(policy, rollouts, advantages, state, lr, config, rounding)
+        figures = policy_update(policy, rollouts, advantages, moments, lr, config, rounding)
         log.append(figures | {
-            "success": (rewards == RIGHT).double().mean().item(),
+            "reward": rewards.mean().item(), "success": (rewards == RIGHT).double().mean().item(),
             "flat_groups": (advantages.view(-1, config.group) == 0).all(1).double().mean().item(),
             "truncated": float(np.mean([r.truncated for r in rollouts])),
             "length": float(np.mean([len(r.completion) for r in rollouts]))})
-        progress()
-    return snapshot(policy.model), log
+        after_step(step, log[-1])
+    return log
 
 
 # ======================================================================================================================
@@ -1480,9 +1492,11 @@ def grounded_rewards(policy: Policy, datasets: list[list[Problem]], questions: l
         students = []
         for j in range(config.repeats):
             restore(policy.model, state.baseline)
-            weights, log = train_student(policy, dataset, steps, config, (config.seed, "student", state.step, k, j), bar.update)
+            key = (config.seed, "student", state.step, k, j)
+            batches = epochs(dataset, steps, config.batch, seeded(*key, "order"))
+            logs += train_student(policy, batches, config, key, lambda *_: bar.update())
             gains.append(greedy_right(policy, questions, config) - before)  # [M]
-            students, logs = students + [weights], logs + log
+            students.append(snapshot(policy.model))
         rewards = [gain.mean().item() for gain in gains[-config.repeats:]]
         if sum(rewards) > best:
             best, j = sum(rewards), median_student(rewards)
@@ -1766,12 +1780,10 @@ def report(policy: Policy, hard_test: list[Problem], state: State, config: Confi
     write_json(Path(config.out) / "report.json", {"students": students, "topics": shares, "promotions": state.promotions})
 
 
-def run(config: Config, meter: Meter) -> None:
-    """Everything, from the flags to the closing table. Raises UserError."""
-    check_folder(config)
+def prepare(config: Config, meter: Meter) -> tuple[Policy, list[Problem]]:
+    """The policy and the pool of problems. Raises UserError."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    folder = Path(config.out)
     if config.dataset == "tiny":
         pool = hard_worksheets(make_world(config.data_seed), config.pool, config.data_seed)
     else:
@@ -1780,6 +1792,14 @@ def run(config: Config, meter: Meter) -> None:
             pool = random.Random(f"pool {config.data_seed}").sample(pool, config.pool)
     policy = load_policy(tiny_base_model(config) if config.model == "tiny" else config.model, config, meter)
     check_context(policy, pool, config)
+    return policy, pool
+
+
+def run(config: Config, meter: Meter) -> None:
+    """Everything, from the flags to the closing table. Raises UserError."""
+    check_folder(config)
+    folder = Path(config.out)
+    policy, pool = prepare(config, meter)
     print_plan(pool, policy, config)
     hard = hard_problems(policy, pool, config)
     hard_train, hard_test = split_hard(hard, config)
@@ -1806,31 +1826,45 @@ def run(config: Config, meter: Meter) -> None:
     report(policy, hard_test, state, config)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code 0; 2 after a mistake that the user can mend, said in one sentence; 130 after Ctrl-C."""
-    argv, meter = sys.argv[1:] if argv is None else argv, Meter()
+def quiet_libraries() -> None:
+    import transformers  # late: --help and most mistakes need not wait for it
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def guarded(program: str, work, meter: Meter, again: list[str]) -> int:
+    """work() as an exit code: 0; 2 after a mistake that the user can mend, said in one sentence; 130 after Ctrl-C.
+
+    `again` is the command that goes on where an interrupted one stopped.
+    """
     try:
-        config = parse_config(argv)
-        import transformers  # late: --help and most mistakes need not wait for it
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        run(config, meter)
+        work()
         return 0
     except UserError as error:
-        print(f"soar: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 2
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if type(error) is RuntimeError and "allocate memory" not in str(error):  # so PyTorch says it on a CPU
             raise
         lower = {"sampling": "lower --sample-rows", "training": "lower --micro-tokens or add --checkpointing"}
-        print(f"soar: out of memory while {meter.current}; {lower.get(meter.current, 'take a smaller --model')} and go on with "
-              "--resume", file=sys.stderr)
+        print(f"{program}: out of memory while {meter.current}; {lower.get(meter.current, 'take a smaller --model')} and go on with: "
+              f"{shlex.join(again)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        again = shlex.join(["python", "soar.py", *argv] + ["--resume"] * ("--resume" not in argv))
-        print(f"\nsoar: interrupted; all complete steps are saved, continue with: {again}", file=sys.stderr)
+        print(f"\n{program}: interrupted; all complete steps are saved, continue with: {shlex.join(again)}", file=sys.stderr)
         return 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv, meter = sys.argv[1:] if argv is None else argv, Meter()
+
+    def work():
+        config = parse_config(argv)
+        quiet_libraries()
+        run(config, meter)
+
+    return guarded("soar", work, meter, ["python", "soar.py", *argv] + ["--resume"] * ("--resume" not in argv))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ They need no network and no GPU, and write to pytest's temporary folder only. Th
 once for all tests. The last test needs a real pretrained model: it is skipped unless the environment variable
 SOAR_REAL_MODEL names the folder of one.
 """
+import copy
 import dataclasses
 import doctest
 import itertools
@@ -89,6 +90,13 @@ def single_sums() -> list[Problem]:
     return [Problem(soar.worksheet([f"{x}+{y}"]), soar.worksheet([x + y])) for x in range(4, 10) for y in range(4, 10)]
 
 
+def trained(policy, dataset, steps, config, key) -> list[torch.Tensor]:
+    """The weights of a student that starts from the live model."""
+    batches = soar.epochs(dataset, steps, config.batch, soar.seeded(*key, "order"))
+    soar.train_student(policy, batches, config, key)
+    return soar.snapshot(policy.model)
+
+
 def same(first, second) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -124,7 +132,7 @@ def test_flags_win_over_the_preset_and_the_preset_over_defaults():
 
 def test_every_field_has_help(capsys):
     """A field whose comment does not fit the pattern would vanish from the flags; a bare % would break --help."""
-    helped = [name for entries in soar.config_help().values() for name in entries]
+    helped = [name for entries in soar.config_help(Config).values() for name in entries]
     assert sorted(helped) == sorted(field.name for field in dataclasses.fields(Config))
     with pytest.raises(SystemExit) as end:
         soar.parse_config(["--help"])
@@ -1023,17 +1031,35 @@ def test_update_without_signal_changes_nothing():
 # ======================================================================================================================
 
 
-def test_student_depends_on_its_key_alone(policy, monkeypatch):
+def test_student_depends_on_its_key_alone(policy):
     """Students in one stream of random numbers would depend on how many were trained before them."""
-    dataset, config, batches, solve = single_products(soar.make_world(0))[:6], small_config(), [], soar.solve
-    monkeypatch.setattr(soar, "solve", lambda *args: batches.append(args[1]) or solve(*args))
-    students = []
+    dataset, config, students = single_products(soar.make_world(0))[:6], small_config(), []
     for key in ((0, "a"), (0, "b"), (0, "a")):
         soar.restore(policy.model, policy.base)
-        students.append(soar.train_student(policy, dataset, 3, config, key)[0])
+        students.append(trained(policy, dataset, 3, config, key))
     assert same(students[0], students[2]) and not same(students[0], students[1]) and not same(students[0], policy.base)
-    first = batches[0] + batches[1] + batches[2]  # 3 batches of 4 are 2 epochs of 6
-    assert sorted(map(str, first)) == sorted(map(str, dataset * 2)) and set(first[:6]) == set(dataset)
+
+
+def test_epochs():
+    """Drawing with replacement, one order for all epochs, or a last batch that is too small."""
+    batches = soar.epochs(list(range(6)), 6, 4, soar.seeded("order"))  # 6 batches of 4 are 4 epochs of 6
+    flat = sum(batches, [])
+    assert list(map(len, batches)) == [4] * 6
+    assert all(sorted(flat[i:i + 6]) == list(range(6)) for i in range(0, 24, 6)) and flat[:6] != flat[6:12]
+
+
+def test_student_goes_on_where_it_stopped(policy):
+    """A student resumed with fresh moments, or with the first batch again, is another student."""
+    dataset, config, key = single_products(soar.make_world(0))[:6], small_config(), (0, "a")
+    whole, kept = trained(policy, dataset, 4, config, key), []
+    soar.restore(policy.model, policy.base)
+    batches, moments = soar.epochs(dataset, 4, config.batch, soar.seeded(*key, "order")), soar.adamw_state(policy.model)
+    soar.train_student(policy, batches, config, key, moments=moments, after_step=lambda step, _: kept.append(
+        (soar.snapshot(policy.model), copy.deepcopy(moments)) if step == 1 else None))
+    weights, moments = kept[1]
+    soar.restore(policy.model, weights)
+    soar.train_student(policy, batches, config, key, moments=moments, start=2)
+    assert same(soar.snapshot(policy.model), whole) and not same(weights, whole)
 
 
 # ======================================================================================================================
@@ -1140,17 +1166,19 @@ def fresh_state(policy, **fields) -> soar.State:
     ([[0.1, 0.4, 0.2, 0.3], [0.2, 0.2, 0.2, 0.2]], (0, 3))])
 def test_champion(table, champion, policy, monkeypatch):
     """The promoted student comes from the dataset with the best MEAN reward, wherever the best single student is."""
-    before, trained = 0.5, []
+    before, trained, state = 0.5, [], fresh_state(policy)
 
-    def train(policy, dataset, steps, config, key, progress):
+    def train(policy, batches, config, key, after_step):
         trained.append(key[-2:])
-        return ["weights of", *key[-2:]], [{"success": 0.0}]
+        return [{"success": 0.0}]
 
     monkeypatch.setattr(soar, "train_student", train)
+    monkeypatch.setattr(soar, "epochs", lambda *_: [])
+    monkeypatch.setattr(soar, "snapshot", lambda _: ["weights of", *trained[-1]])
     monkeypatch.setattr(soar, "greedy_right", lambda *_: torch.tensor(
         [before + (table[trained[-1][0]][trained[-1][1]] if trained else 0)], dtype=torch.float64))
     rewards, errors, (k, j, weights), _ = soar.grounded_rewards(
-        policy, [[]] * len(table), [], fresh_state(policy), small_config(repeats=len(table[0])))
+        policy, [[]] * len(table), [], state, small_config(repeats=len(table[0])))
     assert ((k, j), weights) == (champion, ["weights of", *champion])
     torch.testing.assert_close(rewards, torch.tensor(table, dtype=torch.float64))
     assert errors.shape == rewards.shape
@@ -1161,12 +1189,12 @@ def test_grounded_rewards(policy, monkeypatch):
     world = soar.make_world(0)
     config, datasets = small_config(student_lr=1e-2, inner_extra=1), [single_products(world)[:4], single_sums()[:4]]
     soar.restore(policy.model, policy.base)
-    baseline, _ = soar.train_student(policy, single_products(world)[8:12], 3, config, ("another",))
+    baseline = trained(policy, single_products(world)[8:12], 3, config, ("another",))
     state, asked, steps_taken = fresh_state(policy, step=5, promotions=1), [], []
     state.baseline = baseline
     questions, right, train = single_products(world)[:10] + single_sums()[:6], soar.greedy_right, soar.train_student
     monkeypatch.setattr(soar, "greedy_right", lambda *args: asked.append(args[1]) or right(*args))
-    monkeypatch.setattr(soar, "train_student", lambda *args: steps_taken.append(args[2]) or train(*args))
+    monkeypatch.setattr(soar, "train_student", lambda *args: steps_taken.append(len(args[1])) or train(*args))
     rewards, errors, champion, figures = soar.grounded_rewards(policy, datasets, questions, state, config)
     assert asked == [questions] * (1 + 2 * 2) and steps_taken == [2 + 1] * 4
     assert rewards.shape == errors.shape == (2, 2) and rewards.abs().sum() > 0
@@ -1175,7 +1203,7 @@ def test_grounded_rewards(policy, monkeypatch):
     assert figures["accuracy_before"] == before.mean().item()
     for k, j in itertools.product(range(2), range(2)):
         soar.restore(policy.model, baseline)
-        weights, _ = train(policy, datasets[k], 3, config, (config.seed, "student", 5, k, j))
+        weights = trained(policy, datasets[k], 3, config, (config.seed, "student", 5, k, j))
         gain = right(policy, questions, config) - before
         assert rewards[k, j].item() == gain.mean().item()
         assert errors[k, j].item() == pytest.approx(gain.std(correction=0).item() / 4)
@@ -1216,7 +1244,7 @@ def test_outer_step(tau, policy, tmp_path):
         k, j = row["promotion"]["dataset"], row["promotion"]["student"]
         soar.restore(policy.model, policy.base)
         dataset = [Problem(q["question"], q["answer"]) for q in questions if q["dataset"] == k]
-        assert same(state.baseline, soar.train_student(policy, dataset, 2, config, (0, "student", 0, k, j))[0])
+        assert same(state.baseline, trained(policy, dataset, 2, config, (0, "student", 0, k, j)))
         assert state.history == [] and state.promotions == 1 and state.promotion_questions == dataset
         assert same(soar.load_model(str(tmp_path / "student"), config)[0].parameters(), state.baseline)
         lines = (tmp_path / "promotion_questions.jsonl").read_text().splitlines()

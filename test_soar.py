@@ -1,4 +1,4 @@
-"""The tests of soar.py: `python -m pytest`. Each test's one line names the bug that it guards against.
+"""The tests of soar.py and eval.py: `python -m pytest`. Each test's one line names the bug that it guards against.
 
 They need no network and no GPU, and write to pytest's temporary folder only. The tiny world's base model is trained
 once for all tests. The last test needs a real pretrained model: it is skipped unless the environment variable
@@ -14,6 +14,7 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,10 +24,12 @@ from pathlib import Path
 HUB = tempfile.TemporaryDirectory()  # an empty hub cache, and no network: the same on every machine
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": HUB.name}
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
+import eval as eval_  # noqa: E402
 import soar  # noqa: E402
 from soar import (RIGHT, Config, Problem, Rollout, UserError, answers_equal, extract_boxed, parses,  # noqa: E402
                   student_reward)
@@ -1561,6 +1564,246 @@ def test_nan_in_mid_run(toy, finished, tmp_path, capsys):
     out = tmp_path / "run"
     refused(capsys, [*toy, "--out", str(out), "--student-lr", "1e39"], "NaN")
     assert log_rows(out) == [] and not (out / "checkpoint.pt").exists()
+
+
+# ======================================================================================================================
+# eval.py
+# ======================================================================================================================
+
+
+@pytest.mark.parametrize("rewards, step", [
+    ([], 0), ([10.0], 1), ([10.0] * 300, 0), ([float(s) for s in range(100)], 100),  # never flat: the last step
+    ([0.0] * 100 + [float(s) for s in range(50)] + [50.0] * 100, 160),  # a slow start is not the end
+    ([100.0 * (s >= 50) for s in range(120)], 62), ([float(s) for s in range(60)] + [30.0] * 60, 48)])  # centred: sees the drop coming
+def test_chosen_step(rewards, step):
+    """The paper's rule taken literally stops before a curve has started; an unsmoothed one stops at the first bump."""
+    assert abs(eval_.chosen_step(rewards) - step) <= 2
+    assert abs(eval_.chosen_step([3 * r - 7 for r in rewards]) - step) <= 2, "slopes are relative to the range"
+
+
+def test_chosen_step_with_noise():
+    """Noise of a twentieth of the range must not stop a rise of 200 steps in its first half, nor hide its end."""
+    random.seed(0)
+    rewards = [min(s, 200) / 2 + random.gauss(0, 5) for s in range(400)]
+    assert 100 <= eval_.chosen_step(rewards) <= 230
+
+
+def test_nested():
+    """SD over students of one teacher passed off as SD over teachers, or a division by n."""
+    values = [[0.0, 0.2], [0.4, 0.6], [0.8, 1.0]]
+    result = eval_.nested(values)
+    assert result["n"] == 6 and result["mean"] == pytest.approx(0.5)
+    assert result["sd"] == pytest.approx(statistics.stdev([0.0, 0.2, 0.4, 0.6, 0.8, 1.0]))
+    assert result["sd_teachers"] == pytest.approx(statistics.stdev([0.1, 0.5, 0.9]))
+    assert eval_.nested([[0.5]]) == {"mean": 0.5, "sd": None, "sd_teachers": None, "n": 1}
+    assert eval_.nested([[0.5, 0.7]])["sd_teachers"] is None and eval_.nested([[0.5, 0.7]])["sd"] > 0
+
+
+def test_bootstrap():
+    """The interval is about problems: more of them narrow it; it is that of the binomial where problems are coins."""
+    few, many = np.arange(50) % 2.0, np.arange(5000) % 2.0
+    low, high = eval_.bootstrap([few])
+    assert low < 0.5 < high and high - low == pytest.approx(2 * 1.96 * 0.5 / 50 ** 0.5, rel=0.15)
+    assert np.ptp(eval_.bootstrap([many])) < (high - low) / 5
+    assert eval_.bootstrap([np.full(9, 0.25)]) == [0.25, 0.25]
+    assert np.ptp(eval_.bootstrap([few, few])) < high - low, "two runs know more than one"
+
+
+def test_vendi():
+    """Identical items count once, orthogonal ones each, whatever their lengths; 2 + 1 of them by the formula."""
+    assert eval_.vendi(np.ones((7, 3))) == pytest.approx(1)
+    assert eval_.vendi(np.diag([1.0, 2, 3, 4])) == pytest.approx(4)
+    two_and_one = np.array([[1.0, 0], [5.0, 0], [0, 2.0]])
+    assert eval_.vendi(two_and_one) == pytest.approx(math.exp(-(2 / 3) * math.log(2 / 3) - (1 / 3) * math.log(1 / 3)))
+
+
+@pytest.mark.parametrize("question, answer, verdict", [
+    ("a= 7*8", "a= 56", (True, True)), ("a= 7*8", "a= 54", (True, False)), ("a= 7*8 ,b= 4+5", "a= 56 ,b= 9", (True, True)),
+    ("a= 7*8 ,b= 4+5", "a= 56", (True, False)), ("a= x*8", "a= 56", (False, False)), ("b= 7*8", "b= 56", (False, False)),
+    ("a= 7*8 ,b= x*4", "a= 56 ,b= 8", (False, False)), ("hello", "a= 56", (False, False)),
+    ("a= 7*8 ,c= 4+5", "a= 56 ,c= 9", (False, False)), ("a= 7*8 a= 7*8", "a= 56", (False, False))])
+def test_judge(question, answer, verdict):
+    """A worksheet with an unknown, or with labels out of order, is no well-posed problem."""
+    assert eval_.judge(Problem(question, answer)) == verdict
+
+
+def test_majority_agrees():
+    """Votes are counted by value, not by spelling; a solution without a box has none."""
+    assert eval_.majority_agrees(["1/2", "3", "0.5", "3", r"\frac12", None, None, None, None], "0.50")
+    assert not eval_.majority_agrees(["3", "3", "2"], "2") and not eval_.majority_agrees([None], "2")
+
+
+def test_student_rollouts(policy, monkeypatch):
+    """The budget that Hard-Only gets is all that SOAR's students sampled, counted where they sample."""
+    config, state, sampled, solve = small_config(tau=10.0), fresh_state(policy), [], soar.solve
+    monkeypatch.setattr(soar, "solve", lambda *args, **more: sampled.append(len(args[1]) * args[2]) or solve(*args, **more))
+    hard_train = single_products(soar.make_world(0))
+    run = eval_.Run(Path(), config, "grounded", policy, hard_train, [], [soar.outer_step(policy, hard_train, state, config)[0]],
+                    "", [], 0)
+    assert eval_.student_rollouts(run) == sum(sampled)
+    sampled.clear()
+    run.config = dataclasses.replace(config, reward="learnability")
+    run.log, run.kind = [soar.outer_step(policy, hard_train, state, run.config)[0]], "learnability"
+    assert eval_.student_rollouts(run) == sum(sampled)
+
+
+def test_inner_extra_counts():
+    """Students are trained longer after a promotion."""
+    config = Config(datasets=2, repeats=1, inner_steps=3, inner_extra=2, batch=4, group=5, reward_questions=8)
+    log = [{"promotion": None}, {"promotion": {"dataset": 0}}, {"promotion": None}]
+    run = eval_.Run(Path(), config, "grounded", None, [None] * 6, [], log, "", [], 0)  # 6 hard problems, not 8
+    assert eval_.student_rollouts(run) == 2 * (2 * 3 * 20 + 3 * 6) + (2 * 5 * 20 + 3 * 6)
+
+
+TOY_EVAL = "--steps 4 --points 2 --synthetic-steps 2 --questions 6 --samples 32 --threads 1".split()
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(cache, tmp_path_factory):
+    """A grounded run with a promotion, one without promotion, and one of the learnability teacher, in the tiny world."""
+    folder, runs = tmp_path_factory.mktemp("tiny-runs"), {}
+    for name, flags in (("grounded", []), ("no-promotion", ["--no-promotion"]), ("learnability", ["--reward", "learnability"])):
+        runs[name] = folder / name
+        assert soar.main([*"--steps 2 --n 4 --datasets 2 --repeats 1 --inner-steps 2 --batch 4 --group 4 --k 8 --pool 12 "
+                          "--reward-questions 4 --eval-samples 1 --window 1 --tau -0.9".split(),
+                          "--cache", str(cache), "--out", str(runs[name]), *flags]) == 0
+    return runs
+
+
+def evaluated(folders, out, *flags) -> dict:
+    assert eval_.main([*map(str, folders), *TOY_EVAL, "--out", str(out), *flags]) == 0
+    return json.loads((out / "eval.json").read_text())
+
+
+def test_every_method(tiny_runs, tmp_path, monkeypatch, capsys):
+    """Each row is filled by the right run, nothing is computed twice, and the files say what the screen says."""
+    runs = {name: copy_of(folder, tmp_path / name) for name, folder in tiny_runs.items()}
+    result = evaluated(runs.values(), tmp_path / "out", "--methods", "all", "--seeds", "2")
+    screen = capsys.readouterr().out
+    assert list(result["methods"]) == list(eval_.METHODS)
+    for name, entry in result["methods"].items():
+        assert all(0 <= entry[f"pass@{k}"]["mean"] <= 1 and entry[f"pass@{k}"]["n"] == 2 for k in (1, 4, 8, 16, 32))
+        assert entry["rollouts"] == (0 if name in ("base", "ps", "solver") else entry["rollouts"]) and f"| {name} " in screen
+    rollouts = 2 * (2 * 2 * 16 + 3 * 4)  # students of two outer steps
+    assert result["runs"][0]["rollouts"] == rollouts
+    assert result["methods"]["hard-only"]["rollouts"] == math.ceil(rollouts / 16) * 16
+    assert result["methods"]["hard-only-4x"]["rollouts"] == math.ceil(rollouts / 64) * 64
+    assert result["methods"]["pq"]["rollouts"] == 4 * 16
+    about = result["questions"]["pq"]
+    lines = (runs["grounded"] / "promotion_questions.jsonl").read_text().splitlines()
+    assert about["questions"]["mean"] == len(lines) and 1 <= about["vendi"]["mean"] <= len(lines)
+    judged = [eval_.judge(Problem(**json.loads(line))) for line in lines]
+    assert about["well-posed"]["mean"] == pytest.approx(sum(w for w, _ in judged) / len(judged))
+    assert (tmp_path / "out" / "eval.md").read_text().strip() in screen
+    kept = sorted(path.name for name in runs for path in (runs[name] / "eval").iterdir())
+    assert len([name for name in kept if not name.startswith("questions-")]) == 2 * len(eval_.METHODS) and "pt" not in str(kept)
+    monkeypatch.setattr(soar, "train_student", None)
+    monkeypatch.setattr(eval_, "measure", None)
+    again = evaluated(runs.values(), tmp_path / "out", "--methods", "all", "--seeds", "2")
+    assert again == result
+
+
+def test_a_fresh_student_starts_from_the_base_model(tiny_runs, tmp_path, monkeypatch):
+    """A student that starts where the one before it ended, or trains on the test half."""
+    run, seen, train = copy_of(tiny_runs["grounded"], tmp_path / "run"), [], soar.train_student
+
+    def spy(policy, batches, *rest, **more):
+        seen.append((same(policy.model.parameters(), policy.base), [problem for batch in batches for problem in batch]))
+        return train(policy, batches, *rest, **more)
+
+    monkeypatch.setattr(soar, "train_student", spy)
+    evaluated([run], tmp_path / "out", "--methods", "ps,pq,hard-only")
+    opened = eval_.open_run(run, eval_.read_config(run, eval_.Settings()), eval_.Settings())
+    assert [fresh for fresh, _ in seen] == [True, True] and not set(opened.train) & set(opened.test)
+    assert set(seen[1][1]) <= set(opened.train)  # hard-only
+    assert set(seen[0][1][:8]) <= set(opened.promotion_questions) and set(seen[0][1][8:]) <= set(opened.train)  # the curriculum
+    mixed, _ = eval_.schedule(opened, "pq", opened.promotion_questions, eval_.Settings(mix="mixed", steps=9), ("key",))
+    assert set(sum(mixed, [])) == set(opened.promotion_questions) | set(opened.train)
+
+
+def test_an_interrupted_student_goes_on(tiny_runs, tmp_path, monkeypatch, capsys):
+    """The same figures as without the interruption, and no step trained twice."""
+    folders = [copy_of(tiny_runs["grounded"], tmp_path / name) for name in ("a", "b")]
+    whole = evaluated(folders[:1], tmp_path / "a-out", "--methods", "pq")
+    update, steps = soar.policy_update, []
+
+    def interrupted(*args):
+        steps.append(len(steps))
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return update(*args)
+
+    monkeypatch.setattr(soar, "policy_update", interrupted)
+    argv = [str(folders[1]), *TOY_EVAL, "--out", str(tmp_path / "b-out"), "--methods", "pq"]
+    assert eval_.main(argv) == 130 and "eval.py" in capsys.readouterr().err
+    assert [path.suffix for path in (folders[1] / "eval").iterdir()] == [".pt"]
+    part = evaluated(folders[1:], tmp_path / "b-out", "--methods", "pq")
+    assert part["methods"] == whole["methods"] and len(steps) == 4 + 2  # measured after 2 of 4 steps
+
+
+def test_transfer_leaves_out_known_problems(finished, toy, tmp_path, capsys):
+    """Problems of the other set that SOAR has trained on must not count as transfer, however they are spaced."""
+    run, other = copy_of(finished, tmp_path / "run"), tmp_path / "other.jsonl"
+    known = soar.read_jsonl(toy[1])[:3]
+    new = [Problem(soar.worksheet([f"{x}*9", f"{x}*8", f"{x}*7"]), "a= 1 ,b= 1 ,c= 1") for x in range(4, 10)]
+    spaced = [Problem(problem.question.replace(" ", "  "), problem.answer) for problem in known]
+    other.write_text("".join(json.dumps(vars(problem)) + "\n" for problem in spaced + new))
+    evaluated([run], tmp_path / "out", "--methods", "base", "--dataset", str(other))
+    assert "3 hard train and 3 hard test problems" in (screen := capsys.readouterr().out) and "; 3 problems" in screen
+
+
+def test_real_problems_get_a_majority_vote(finished, tmp_path):
+    """What is measured is agreement with a vote, so the word correct must not appear."""
+    result = evaluated([copy_of(finished, tmp_path / "run")], tmp_path / "out", "--methods", "pq")
+    assert set(result["questions"]["pq"]) == {"questions", "vendi", "agrees with the base model's majority vote"}
+    assert 0 <= result["questions"]["pq"]["agrees with the base model's majority vote"]["mean"] <= 1
+
+
+def test_bad_input_to_eval(tiny_runs, finished, tmp_path, capsys, monkeypatch):
+    """One sentence each, that says what to do."""
+    run = copy_of(tiny_runs["grounded"], tmp_path / "run")
+
+    def refused_eval(argv, *words):
+        capsys.readouterr()
+        assert eval_.main([*map(str, argv)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("eval: ") and error.count("\n") == 1 and all(word in error for word in words), error
+
+    refused_eval([])
+    refused_eval([tmp_path / "nothing"], "nothing", "no run folder")
+    refused_eval([run, "--samples", "16"], "pass@32", "32 samples")
+    refused_eval([run, "--methods", "ps,best"], "best", "pq")
+    refused_eval([run, "--methods", "intrinsic-t"], "intrinsic-t", "learnability")
+    refused_eval([run, "--mix", "shaken"], "--mix")
+    refused_eval([run, "--seeds", "0"], "--seeds")
+    refused_eval([run, "--dataset", "math"], "math", "tiny")
+    refused_eval([run, finished], "data sets")
+    refused_eval([copy_of(finished, tmp_path / "real"), *TOY_EVAL, "--methods", "upper"], "--curated")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    refused_eval([run, "--plot"], "matplotlib", "pip install")
+    shutil.rmtree(run / "teacher")
+    refused_eval([run, "--methods", "solver", *TOY_EVAL], "teacher")
+    shutil.rmtree(run / "student")
+    refused_eval([run, "--methods", "ps", *TOY_EVAL], "student")
+    (run / "report.json").unlink()
+    refused_eval([run], "not finished", "--resume")
+    (run / "report.json").write_text("{}")
+    (run / "config.json").write_text("{")
+    refused_eval([run], "config.json", "damaged")
+
+
+def test_plot(tiny_runs, tmp_path):
+    """All four panels from all kinds of run."""
+    pytest.importorskip("matplotlib")
+    folders = [copy_of(folder, tmp_path / name) for name, folder in tiny_runs.items()]
+    evaluated(folders, tmp_path / "out", "--methods", "base,ps,pq", "--plot")
+    assert (tmp_path / "out" / "eval.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_eval_settings_have_help():
+    """A flag without a comment, or one that --help does not show."""
+    helped = [name for entries in soar.config_help(eval_.Settings).values() for name in entries]
+    assert helped == [field.name for field in dataclasses.fields(eval_.Settings)]
 
 
 # ======================================================================================================================

@@ -136,7 +136,7 @@ PRESETS = {
             "teacher_tokens": 256, "teacher_warmup": 3, "pool": 1000, "checkpointing": True},
     "tiny": {"model": "tiny", "pool": 256, "steps": 12, "teacher_tokens": 40, "student_tokens": 24, "n": 32, "repeats": 2,
              "inner_steps": 20, "inner_extra": 0, "batch": 16, "group": 16, "student_lr": 7e-4, "teacher_lr": 5e-4,
-             "teacher_warmup": 0, "sample_rows": 1024, "threads": 1},
+             "teacher_warmup": 0, "sample_rows": 1024, "micro_tokens": 1024, "threads": 1},
     "smoke": {"steps": 1, "n": 2, "datasets": 2, "repeats": 1, "inner_steps": 1, "batch": 2, "group": 4, "student_tokens": 48,
               "teacher_tokens": 96, "k": 2, "pool": 16, "reward_questions": 4, "eval_samples": 2, "sample_rows": 16,
               "micro_tokens": 2048},
@@ -272,6 +272,7 @@ def extract_boxed(text: str) -> str | None:
     return next(_boxes(text), None)
 
 
+@lru_cache(maxsize=4096)  # the completions of a group repeat each other
 def student_reward(completion: str, gold: str) -> float:
     r"""The paper's reward: 120 right box; 20 wrong box, but one of the last other formulas right; 10 any box; else 0.
 
@@ -622,6 +623,7 @@ def _same_lists(a: list, b: list) -> bool:
     return True
 
 
+@lru_cache(maxsize=4096)  # a gold answer is compared with a whole group
 def _understand(text: str) -> tuple:
     """(normalised text, reading), the reading None for words and for whatever is beyond the caps."""
     text = _normalise(text) if len(text) <= MAX_CHARS else ""
@@ -983,6 +985,37 @@ def pick_tokens(logits, temperature: float, greedy: bool, uniforms):
     return torch.searchsorted(cdf, target, right=True)[:, 0].clamp_(max=cdf.shape[1] - 1)
 
 
+def row_cache(n: int, length: int):
+    """A cache that is prefilled with P prompts, then holds n copies of each, up to `length` tokens long.
+
+    transformers' own cache grows by torch.cat: for every new token it copies all the others. This one is allocated once.
+    """
+    from transformers.cache_utils import Cache, DynamicLayer
+
+    class Layer(DynamicLayer):
+        rows = used = 0  # how much of the two buffers [P*n, heads, length, head size] is in use
+
+        def update(self, keys, values, *args, **kwargs):  # [P or rows, heads, new tokens, head size]
+            prefill, start, self.used = not self.used, self.used, self.used + keys.shape[2]
+            if prefill:
+                self.rows, self.is_initialized = len(keys) * n, True
+                self.keys, self.values = (x.new_empty(self.rows, x.shape[1], length, x.shape[3]) for x in (keys, values))
+            for buffer, x in ((self.keys, keys), (self.values, values)):
+                buffer[:self.rows, :, start:self.used] = x.repeat_interleave(n, 0) if prefill else x
+            return (keys, values) if prefill else (self.keys[:self.rows, :, :self.used], self.values[:self.rows, :, :self.used])
+
+        def get_seq_length(self):
+            return self.used
+
+        def keep(self, rows: int, holes, movers):
+            """Only `rows` rows stay: the first ones, with the holes among them filled by the movers behind them."""
+            self.rows = rows
+            for buffer in (self.keys, self.values):
+                buffer[holes, :, :self.used] = buffer[movers, :, :self.used]
+
+    return Cache(layer_class_to_replicate=Layer)
+
+
 @torch.inference_mode()
 def generate(model, prompts: list[list[int]], n: int, max_new_tokens: int, temperature: float = 1.0, greedy: bool = False,
              generator: torch.Generator | None = None):
@@ -991,39 +1024,46 @@ def generate(model, prompts: list[list[int]], n: int, max_new_tokens: int, tempe
     A length counts the tokens up to and including EOS: ending is an action of the policy like any other, and gets its share
     of the gradient. Masks are made from lengths, never from `token != pad`, since in many models pad IS EOS.
     """
-    from transformers import DynamicCache
     assert not model.training, "in train mode with gradient checkpointing, transformers drops the KV cache: wrong tokens"
     eos = torch.tensor(sorted(eos_ids(model)), device=model.device)
-    P, T = len(prompts), max(map(len, prompts))
-    ids, mask = torch.zeros(P, T, dtype=torch.long), torch.zeros(P, T, dtype=torch.long)
-    for row, prompt in enumerate(prompts):  # padded on the LEFT, so that all prompts end in the same column
-        ids[row, T - len(prompt):], mask[row, T - len(prompt):] = torch.tensor(prompt), 1
-    ids, mask = ids.to(model.device), mask.to(model.device)
-    position = (mask.cumsum(-1) - 1).clamp(min=0)  # [P, T]: the first real token has position 0 in every row
-    # Prefill each prompt once, then copy its cache to its n rows.
-    cache = DynamicCache()
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True,
-                   logits_to_keep=1).logits[:, -1]  # [P, V]
+    P, T, padded = len(prompts), max(map(len, prompts)), len(set(map(len, prompts))) > 1
+    # Padded on the LEFT, so that all prompts end in the same column:
+    ids = torch.tensor([[0] * (T - len(prompt)) + prompt for prompt in prompts], device=model.device)  # [P, T]
+    padding = torch.tensor([[T - len(prompt)] for prompt in prompts], device=model.device)  # [P, 1]
+    position = torch.arange(T + max_new_tokens, device=model.device) - padding  # [P, T + max_new_tokens]
+    mask, position = position >= 0, position.clamp(min=0)  # every row's first real token has position 0
+    # Prefill each prompt once; the cache copies the result to the prompt's n rows.
+    cache = row_cache(n, T + max_new_tokens)
+    logits = model(input_ids=ids, attention_mask=mask[:, :T], position_ids=position[:, :T], past_key_values=cache,
+                   use_cache=True, logits_to_keep=1).logits[:, -1]  # [P, V]
     if not torch.isfinite(logits).all():
         raise UserError("the model's logits are NaN or infinite: its weights are damaged, or the learning rate was too high")
-    cache.batch_repeat_interleave(n)
-    logits, mask, position = (x.repeat_interleave(n, 0) for x in (logits, mask, position[:, -1:]))  # B = P*n rows
+    logits, mask, position = (x.repeat_interleave(n, 0) for x in (logits, mask, position))  # B = P*n rows
     tokens = torch.zeros(P * n, max_new_tokens, dtype=torch.long, device=model.device)  # [B, max_new_tokens]
-    lengths = torch.zeros(P * n, dtype=torch.long, device=model.device)  # [B]
+    lengths = torch.full((P * n,), max_new_tokens, device=model.device)  # [B]
     uniforms = torch.rand(max_new_tokens, P * n, generator=generator).to(model.device)
     alive = torch.arange(P * n, device=model.device)  # output row of each row that is still in the batch
+    part = 1 + (1 << 22) // logits.shape[1]  # rows whose distributions exist at the same time: 16 MB
     for t in range(max_new_tokens):
-        token = pick_tokens(logits, temperature, greedy, uniforms[t, alive])
-        tokens[alive, t], lengths[alive] = token, t + 1
-        going = (~torch.isin(token, eos)).nonzero()[:, 0]
-        if len(going) == 0 or t + 1 == max_new_tokens:
+        u = uniforms[t, alive]
+        token = torch.cat([pick_tokens(logits[i:i + part], temperature, greedy, u[i:i + part])
+                           for i in range(0, len(alive), part)])
+        tokens[alive, t] = token
+        going = ~torch.isin(token, eos)
+        rows = int(going.sum())
+        if rows < len(alive):  # finished rows leave the batch: rows from its end take their places
+            lengths[alive[~going]] = t + 1
+            holes, movers = (~going[:rows]).nonzero()[:, 0], rows + going[rows:].nonzero()[:, 0]
+            for x in (alive, token, mask, position):
+                x[holes] = x[movers]
+            alive, token, mask, position = (x[:rows] for x in (alive, token, mask, position))
+            for layer in cache.layers:
+                layer.keep(rows, holes, movers)
+        if not rows or t + 1 == max_new_tokens:
             break
-        if len(going) < len(alive):  # finished rows leave the batch, and their cache with them
-            cache.batch_select_indices(going)
-            alive, token, mask, position = alive[going], token[going], mask[going], position[going]
-        mask, position = torch.cat([mask, mask.new_ones(len(mask), 1)], 1), position + 1
-        logits = model(input_ids=token[:, None], attention_mask=mask, position_ids=position, past_key_values=cache,
-                       use_cache=True).logits[:, -1]
+        now = T + t + 1
+        logits = model(input_ids=token[:, None], attention_mask=mask[:, :now] if padded else None,
+                       position_ids=position[:, now - 1:now], past_key_values=cache, use_cache=True).logits[:, -1]
     return tokens, lengths
 
 
@@ -1220,18 +1260,18 @@ def rloo_advantages(rewards, group_size: int):
     return (groups - (groups.sum(1, keepdim=True) - groups) / (group_size - 1)).flatten()
 
 
-def completion_logprobs(model, rollouts: list[Rollout], temperature: float, rows: int = 4096):
+def completion_logprobs(model, rollouts: list[Rollout], temperature: float, rows: int = 512):
     """[B] float32: ln p(completion | prompt) of each rollout, at the temperature that it was sampled with.
 
     Full logits [B, T, V] never exist: with V = 128,000 they are the first thing that does not fit. Hidden states are reduced
     to the positions that predict a completion token, and these are projected `rows` at a time under checkpointing.
     """
-    T, B = max(len(r.prompt) + len(r.completion) for r in rollouts), len(rollouts)
-    ids, mask, is_action = (torch.zeros(B, T, dtype=torch.long) for _ in range(3))
-    for i, r in enumerate(rollouts):  # padded on the right: positions count from 0
-        end = len(r.prompt) + len(r.completion)
-        ids[i, :end], mask[i, :end], is_action[i, len(r.prompt):end] = torch.tensor(r.prompt + r.completion), 1, 1
-    ids, mask, is_action = ids.to(model.device), mask.to(model.device), is_action.to(model.device).bool()
+    start = torch.tensor([[len(r.prompt)] for r in rollouts], device=model.device)  # [B, 1]
+    end = torch.tensor([[len(r.prompt) + len(r.completion)] for r in rollouts], device=model.device)  # [B, 1]
+    B, T = len(rollouts), int(end.max())
+    column = torch.arange(T, device=model.device)
+    mask, is_action = column < end, (column >= start) & (column < end)  # [B, T]; padded on the right: positions count from 0
+    ids = torch.tensor([(r.prompt + r.completion + [0] * T)[:T] for r in rollouts], device=model.device)  # [B, T]
     hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state  # [B, T, D]
     # Position t predicts token t + 1. N completion tokens in all:
     hidden, targets = hidden[:, :-1][is_action[:, 1:]], ids[:, 1:][is_action[:, 1:]]  # [N, D], [N]

@@ -614,6 +614,17 @@ def test_pick_tokens_at_the_ends():
     assert soar.pick_tokens(logits, 1.0, False, torch.tensor([0.0, 1 - 2 ** -24])).tolist() == [1, 3]
 
 
+def test_cache_is_allocated_once(monkeypatch):
+    """A cache that is copied as it grows, or whenever a row leaves: most of the time of a long completion."""
+    caches, real = [], soar.row_cache
+    monkeypatch.setattr(soar, "row_cache", lambda *args: caches.append(real(*args)) or caches[-1])
+    model, seen = random_model(eos=range(0, 32, 5)), set()
+    model.register_forward_hook(lambda *_: seen.add((caches[0].layers[0].keys.data_ptr(), caches[0].layers[0].rows)))
+    soar.generate(model, PROMPTS, 5, 12, generator=torch.Generator().manual_seed(1))
+    assert len({address for address, _ in seen}) == 1 and len({rows for _, rows in seen}) > 3
+    assert caches[0].layers[0].keys.shape[2] == max(map(len, PROMPTS)) + 12
+
+
 def test_generate_refuses_train_mode():
     """In train mode with checkpointing the cache is dropped in silence, and the tokens are wrong."""
     with pytest.raises(AssertionError, match="train mode"):

@@ -232,35 +232,29 @@ def seeded(*key, device="cpu") -> torch.Generator:
 # 2. Verifier: when is an answer right?
 # ======================================================================================================================
 
-
-# The text is a model's: it is untrusted, so nothing evaluates it. A hand-written reader with a whitelist of names builds exact
-# numbers and sympy expressions, and every size is capped BEFORE it is built. No clock and no random number takes part: a
-# verdict depends on the two texts alone, not on how busy the machine is. Three steps:
+# A model wrote the text, so it is never run as code: a hand-written reader with a whitelist of names turns it into numbers,
+# and every size is capped BEFORE it is built. A verdict depends on the two texts alone, not on a clock or a random number:
 #   _normalise  one spelling for one answer: "\left( \dfrac12 , 5\text{ cm} \right)" becomes '(\frac{1}{2},5"cm")'
-#   _read       lists (in any order), tuples, intervals, labels and units; _parse reads the values inside them
-#   _same       rationals by ==, the rest at fixed points to 50 digits, where x^2-1 and (x-1)(x+1) agree
+#   _read       takes lists, tuples, intervals, matrices and equations apart, down to the texts of single values
+#   _evaluate   the number of such a text; a symbol has 8 fixed numbers: x^2-1 and (x-1)(x+1) agree at 613/499, and at ...
+#   _same       compares what was read
 
 RIGHT = 120.0  # the reward of a right answer (paper, section 3)
-MAX_CHARS, MAX_DEPTH, MAX_COMMANDS = 1000, 30, 50     # the longest of 10,454 real answers has 198 characters
-MAX_BITS, MAX_ROOT_BITS, MAX_FACTORIAL = 1 << 15, 256, 3000               # 2^4950 and 2004! are real answers
 MAX_GUESSES = 10                                      # formulas beside the box that can earn the partial reward
-DIGITS, NEAR = 80, sympy.Float("1e-50")               # relative: an absolute tolerance makes all tiny numbers equal
+MAX_CHARS, MAX_DEPTH, MAX_COMMANDS = 400, 30, 50      # the longest of 10,454 real answers has 198 characters
+MAX_BITS, MAX_FACTORIAL = 1 << 15, 3000               # 2^4950 and 2004! are real answers
+DIGITS, NEAR, POINTS = 80, sympy.Float("1e-50"), 8    # NEAR is relative: an absolute one makes all tiny numbers equal
 
 
 def _boxes(text: str):
-    """The contents of the complete, non-blank boxes, the last one (by its opening) first.
-
-    One pass with a stack, and nothing is copied before it is asked for: 20,000 nested boxes take linear time.
-    """
+    """The contents of the complete, non-blank boxes, the last one (by its opening) first. Takes linear time."""
     stack, spans = [], []                             # for each open brace: where its box's content starts, or None
     for token in re.finditer(r"(\\(?:boxed|fbox)\s*\{)|\\.|([{}])", text, re.S):     # the middle passes over \{ and \}
         if token[1] or token[2] == "{":
             stack.append(token.end() if token[1] else None)
         elif token[2] and stack and (start := stack.pop()) is not None:
             spans.append((start, token.start()))
-    for start, end in sorted(spans, reverse=True):
-        if content := text[start:end].strip():
-            yield content
+    return filter(None, (text[start:end].strip() for start, end in sorted(spans, reverse=True)))
 
 
 def extract_boxed(text: str) -> str | None:
@@ -272,7 +266,7 @@ def extract_boxed(text: str) -> str | None:
     return next(_boxes(text), None)
 
 
-@lru_cache(maxsize=4096)  # the completions of a group repeat each other
+@lru_cache(maxsize=1 << 12)  # the completions of a group repeat each other
 def student_reward(completion: str, gold: str) -> float:
     r"""The paper's reward: 120 right box; 20 wrong box, but one of the last other formulas right; 10 any box; else 0.
 
@@ -286,351 +280,262 @@ def student_reward(completion: str, gold: str) -> float:
     return 20.0 if any(answers_equal(guess, gold) for guess in (spans[::-1] + boxes[1:])[:MAX_GUESSES]) else 10.0
 
 
-# -- Step 1: one spelling.  Plain text (digits and single letters, no thousands: most answers) skips the rewriting.
-_PLAIN = re.compile(r"(?:[a-zA-Z](?![a-zA-Z])|[0-9=.+\-/()\[\]]|(?<!\d)\s|\s(?!\d)|,(?!\s*\d\d\d))*(?<![.,])")
+# -- Step 1: one spelling. In quotes: words, and what may stand behind a number (units, percent, degrees, the base _5).
+_SHORT = {"−": "-", "×": "*", "·": "*", "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ", "±": r"\pm ", "°": r"^\circ ",
+          "€": '"€"', r"\\": "¶", r"\$": '"dollars"', "**": "^", "<=": "≤", ">=": "≥"}
 _NAMES = {"\\" + name: new for new, names in {        # commands that are layout or have a shorter spelling
-    " ": "left right big Big bigg Bigg bigl bigr displaystyle quad qquad", "": "overline", "¤": "textdollar",
-    "=": "approx", "≤": "le leq leqslant", "≥": "ge geq geqslant", "<": "lt", ">": "gt", "∈": "in", "∪": "cup",
-    "*": "cdot times", "/": "div", "|": "lvert rvert vert", "(": "langle", ")": "rangle rfloor rceil", "{": "lbrace",
-    "}": "rbrace", r"\frac": "dfrac tfrac cfrac", r"\floor(": "lfloor", r"\ceiling(": "lceil",
+    " ": "left right big Big bigg Bigg displaystyle quad qquad", "*": "cdot times", "/": "div", "=": "approx", "<": "lt",
+    ">": "gt", "≤": "le leq leqslant", "≥": "ge geq geqslant", "∈": "in", "∪": "cup", "∅": "emptyset varnothing",
+    "(": "langle", ")": "rangle rfloor rceil", r"\floor(": "lfloor", r"\ceiling(": "lceil", "|": "lvert rvert vert",
+    "{": "lbrace", "}": "rbrace", r"\frac": "dfrac tfrac cfrac", '"dollars"': "textdollar",
 }.items() for name in names.split()}
-_UNICODE = str.maketrans({"−": "-", "×": "*", "·": "*", "π": "\\pi ", "∞": "\\infty ", "√": "\\sqrt ", "±": "\\pm ",
-                          "€": "¤", "°": "^\\circ "})
-_UNITS = "cm|mm|km|mph|in|inch(?:es)?|feet|ft|meters?|miles?|units?|dollars?|cents?|pounds?|hours?|minutes?|days?"
-_FUNCTIONS = {"ln": sympy.log, "arcsin": sympy.asin, "arccos": sympy.acos, "arctan": sympy.atan} | {
-    name: getattr(sympy, name) for name in "sin cos tan sec csc cot log floor ceiling Abs".split()}
+_UNIT = re.compile(r'"(?:dollars|€)"|(?<=[\w)}\]])"(?![^"]*(?:,|\b(?:than|more|less|least|most|not|is|only|of|no)\b))'
+                   r'[^"]*"(?:\^\{?[23]\}?)?(?!\s*[\w\\("])')        # but "12 or more" is not 12
 
 
 def _wording(match: re.Match) -> str:
-    r"""What \text{...} stands for: a comma, a function, plain content (digits, single letters) or a "quoted" word."""
-    word = match[1].strip()
-    if word.strip(" ,") in ("and", "or") or word in _FUNCTIONS:
-        return "\\" + word if word in _FUNCTIONS else ","
-    unit = word.isalpha() and re.search(r"\d\s*$", match.string[:match.start()])           # 5\text{ m} or \text{(E)}
-    plain = not unit and re.search(r"\d|^\W*[a-zA-Z]?(?:\W+[a-zA-Z])*\W*$", word)
-    return word if plain else f' "{word}" '
-
-
-def _mixed(match: re.Match) -> str:
-    r"""6\frac{1}{5} and "6 1/5" as a sum; 2\frac{3}{2}, perhaps a product, as nothing readable."""
-    whole, top, bottom = filter(None, match.groups())
-    return f"({whole}+{top}/{bottom})" if int(top) < int(bottom) else f"{whole}?{top}/{bottom}"
+    r"""\text{...} is a word or, after a number, a unit, in quotes: "even", 5"m"; but plain are (E), 12, "and", "or"."""
+    word = match[1].strip(" ,")
+    unit = re.search(r"\d\s*$", match.string[:match.start()]) and re.fullmatch(r"(?!(?:and|or)$)[a-zA-Z./]+", word)
+    plain = not unit and re.search(r"\d|^(?:and|or)$|^\W*[a-zA-Z]?(?:\W+[a-zA-Z])*\W*$", word)
+    return f" {word} " if plain else f' "{word}" '
 
 
 _REWRITES = [(re.compile(pattern, re.A), new) for pattern, new in (
-    (r"\\\\", "¶"), (r"\\\$", "¤"), (r"\$|\\[()\[\]]|\\hspace\{[^{}]*\}", " "),        # row ends, money, delimiters
-    (r"(?<![.,\s])\s*[.,;\\]\s*$", ""),                                                # the end of a sentence
+    (r"\$|\\[()\[\]]|\\hspace\{[^{}]*\}", " "),                                        # $5$, \(5\), \[5\]
+    (r"(?<![.,\s])\s*[.,;\\]\s*$", ""), (r"^\s*([A-E])\. .*", r"\1"),                  # the end of a sentence; "C. x=4"
     (r"(?<=\d)(?:\s*,\s*\\!\s*|\s*\{\s*,\s*\}\s*)(?=\d)", ""), (r"\\[,;:! ]|~", " "),  # thousands 5,\!460 10{,}000
-    (r"\\(?:text(?:bf|rm|it|sc|tt|normal)?|mbox|math(?:rm|bf|cal)|operatorname)\s*\{([^{}]*)\}", _wording),
-    (r"\\begin\{[pbvB]?(?:matrix|array)\}(?:\{[clr|]*\})?", "⟦"), (r"¶?\s*\\end\{[pbvB]?(?:matrix|array)\}", "⟧"),
-    (r"(?<=[\d})])\s*\\approx.*", ""), (r"\s*(?:\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree|\"?degrees?\b\"?)", "°"),
-    (r"\\[a-zA-Z]+", lambda match: _NAMES.get(match[0], match[0])), (r"\\([{}])", r"\1"), (r"\{([-,])\}", r"\1"),
-    (r"\\frac\s*(\w)", r"\\frac{\1}"), (r"(\\frac\{[^{}]*\})\s*(\w)", r"\1{\2}"),      # \frac43, \frac{270}7
-    (r"\|([^|]*)\|", r"\\Abs(\1)"), (r"[(\[]\s*(⟦[^⟧]*⟧)\s*[)\]]", r"\1"), (r"\*\*", "^"), ("<=", "≤"), (">=", "≥"),
-    (r"\\%|\"?\s*\b(?:percent|percentage|pct)\b\s*\"?", "%"), (r",?\s*\b(?:and|or)\b", ","), (r",(?:\s*,)+", ","),
-    (rf"(?<=[\d}})])\s*({_UNITS})\b\.?(?=\s*(?:$|,|\^))", r'"\1"'),
-    (r"(?<![a-zA-Z\\])(sqrt|pi|sin|cos|tan|log|ln)(?![a-z])", r"\\\1 "),
-    (r"(?<![\w.])(\d+)\s*(?:\\frac\s*\{(\d+)\}\s*\{(\d+)\}|(?<=\s)(\d+)/(\d+))", _mixed))]
+    (r"\\(?:text(?:bf|rm|it|sc|tt|normal)?|mbox|math(?:rm|bf|bb|cal)|boldsymbol)\s*\{([^{}]*)\}", _wording),
+    (r"¶?\s*\\end\{[pbvB]?(?:matrix|array)\}", "))"), (r"\\begin\{[pbvB]?(?:matrix|array)\}(?:\{[clr|]*\})?", "(("),
+    ("¶", "),("), ("&", ","),                                                          # a matrix is a tuple of tuples
+    (r"(?<=[\d})])\s*\\approx.*", ""),                                                 # \sqrt2 \approx 1.4
+    (r"\\[a-zA-Z]+", lambda match: _NAMES.get(match[0], match[0])),
+    (r"\\([{}])|\{([-,])\}", r"\1\2"), (r"(?:\s*(?:,|\b(?:and|or)\b))+", ","),         # \{1\}, {-}1; 1, 2, and 3
+    (r"\|([^|]*)\|", r"\\Abs(\1)"), (r"(?<=\d)e([+-]?\d+)", r"*10^{\1}"),              # |x|; 1e-5
+    (r"\\frac\s*(\w)", r"\\frac{\1}"), (r"(\\frac\s*\{[^{}]*\})\s*(\w)", r"\1{\2}"),   # \frac43, \frac{270}7
+    (r"(?<![a-zA-Z\\])(sqrt|pi|sin|cos|tan|log|ln|exp)(?![a-z])", r"\\\1 "),           # names without a backslash
+    (r"^-([a-z])\s*([<>≤≥])\s*-(\d+)$", r"\3\2\1"),                                    # -x>-1 is 1>x
+    (r"\s*(?:\^\s*(?:\{\s*\\circ\s*\}|\\circ)(?:\s*[CF]\b)?|\"?degrees?\b\"?)", '"°"'),  # 90^\circ, but \cos 90^\circ:
+    (r"(\\(?:sin|cos|tan)\b[^°]*)\"°\"", r"\1\\pi/180"), (r"(?<=\d)_(?:(\d+)|\{(\d+)\})", r'"_\1\2"'),
+    (r"\\?%|\"?\s*\b(?:percent|percentage|pct)\b\s*\"?", '"%"'),                     # 5\%, 5 \text{percent}
+    (r"(?<=[\d})])\s*([ckm]?m[²³]|[ckm]m|in|ft|mph|[a-z]{4,}(?: [a-z]+)*)(?!\w)\.?(?=\s*(?:$|,|\^))", r'"\1"'),   # 5 miles
+    (r"(?<![\w.])(\d+)\s*(?:\\frac\s*\{|(?<=\s))(\d+)(?:/|\}\s*\{)(\d+)\}?", lambda match: (     # 6 1/5 is 6+1/5,
+        "({}+{}/{})" if int(match[2]) < int(match[3]) else "{}?{}/{}").format(*match.groups())))]      # 1 3/2 is unclear
 
 
 def _normalise(text: str) -> str:
-    """One spelling for one answer.  Commas are thousands only where the WHOLE answer is groups of three digits.
+    """One spelling for one answer. Commas are thousands only where the WHOLE answer is groups of three digits.
 
     >>> [_normalise(text) for text in ("12,500", "0, 1", "[-36,104]")]
     ['12500', '0,1', '[-36,104]']
     """
-    text = text.strip()
-    if _PLAIN.fullmatch(text):
-        return "".join(text.split())
-    text = text.translate(_UNICODE)
-    for pattern, new in _REWRITES:
-        text = pattern.sub(new, text)
-    if re.fullmatch(r"\s*¤?\s*-?\d{1,3}(?:(?:[, ]\d{3})+(?:\.\d+)?|(?:,\s*\d{3}){2,})\s*¤?\s*", text, re.A):
-        text = re.sub(r"[,\s]", "", text)
-    return re.sub(r"\s+(?![0-9A-Za-z])|(?<![0-9A-Za-z])\s+", "", text)                 # "4 5" stays two numbers
+    if re.search(r"[^0-9a-z=+, -]|[a-z]{2}|\d\s+\d|\de|\d,\s*\d{3}|,$", text):  # a plain answer is left as it is
+        for old, new in _SHORT.items():
+            text = text.replace(old, new)
+        for pattern, new in _REWRITES:
+            text = pattern.sub(new, text)
+    if re.fullmatch(r'\W*(?:dollars")?\W*[1-9]\d{0,2}(?:(?:[, ]\d{3})+(?:\.\d+)?|(?:,\s*\d{3}){2,})\s*(?:".*")?', text, re.A):
+        text = re.sub(r"[,\s](?=\s*\d)", "", text)
+    return re.sub(r'\s+(?![0-9A-Za-z])|(?<![0-9A-Za-z])\s+', "", text)                 # "4 5" stays two numbers
 
 
-# -- Step 2a: values.
-_CONSTANTS = {"i": sympy.I, "e": sympy.E, r"\pi": sympy.pi, r"\infty": sympy.oo}
-_DIGITS = "0123456789."                               # not isdigit(): it is also true of Arabic-Indic digits
-_GREEK = r"\\(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|phi|varphi|rho|sigma|tau|omega|ell|triangle|angle)"
+# -- Step 2: values. Whatever is not exactly rational is at once rounded to 80 digits, so no step can grow. (Symbolic
+# expressions are a trap: they take exponential time for towers of powers, and sympy tries to factor what is under a root.)
+_CONSTANTS = {"i": sympy.I, "e": sympy.E.evalf(DIGITS), r"\pi": sympy.pi.evalf(DIGITS), r"\infty": sympy.oo}
+_FUNCTIONS = {"\\" + name: getattr(sympy, name) for name in "sin cos tan sec csc cot log exp floor ceiling Abs".split()} | {
+    r"\ln": sympy.log, r"\arcsin": sympy.asin, r"\arccos": sympy.acos, r"\arctan": sympy.atan}
+_SYMBOL = r"(?<![a-zA-Z\\])[a-zA-Z]|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|rho|omega|ell|triangle|angle)"
 _TOKEN = re.compile(r"\d+(?:\.\d+)?|\.\d+|\\[a-zA-Z]+|[a-zA-Z]'*(?:_(?:\w|\{\w+\}))?|\S", re.A)
 
 
-@lru_cache(maxsize=4096)
-def _at_point(value, k: int):
-    """The number of an expression at point k, where a hash of a symbol's name and of k is the symbol's number.
-
-    From the leaves up, each node once: sympy's own evalf takes exponential time for towers of powers and of logarithms.
-    """
-    if value.is_Symbol:
-        return sympy.Rational(zlib.crc32(f"{value.name}{k}".encode()) % 997 + 250, (499, 97, 61, -499)[k % 4])
-    number = value.func(*(_at_point(arg, k) for arg in value.args)) if value.args else value
-    return number if number.is_Rational else number.evalf(DIGITS)     # polynomials and exponents stay exact
-
-
-def _size(number):
-    """abs(), of which sympy's own is slow for complex numbers."""
-    real, imaginary = number.as_real_imag()
-    return abs(real) if imaginary == 0 else (real ** 2 + imaginary ** 2) ** sympy.S.Half
-
-
-def _capped(value, limit: int):
-    """The value, unless its size (with symbols: at the point of the largest numbers) is above the limit.
-
-    It will stand in an exponent or a function, where sympy's time is exponential in the nesting: six levels are enough.
-    """
-    if len(value.atoms(sympy.Function, sympy.Pow)) > 6 or not _size(_at_point(value, 2)) <= limit:
-        raise ValueError
-    return value
-
-
-def _checked(value):
-    """The value, unless it is undefined (1/0) or its digits are too many."""
-    number = value.as_coeff_Mul()[0]
-    if value.has(sympy.zoo, sympy.nan) or number.is_Rational and max(abs(number.p), number.q).bit_length() > MAX_BITS:
+def _number(value, limit: int | None = None):
+    """The value exactly if it is rational, else to 80 digits; refused if it is undefined (1/0), too long or too large."""
+    value = value if value.is_Rational else value.evalf(DIGITS)
+    bits = max(abs(value.p), value.q).bit_length() if value.is_Rational else 0         # of the longer of p and q in p/q
+    if value.has(sympy.zoo, sympy.nan) or bits > MAX_BITS or limit is not None and not abs(value) <= limit:
         raise ValueError
     return value
 
 
 def _power(base, exponent):
-    """base ** exponent.  Every level of a tower passes here, the innermost first, so no tower gets far."""
-    size = _size(_at_point(base, 2))
-    bits = int(max(abs(base.p), base.q) if base.is_Rational else size + 1 / size).bit_length()
-    _capped(exponent, MAX_BITS // bits)
-    if base.is_Rational and not exponent.is_Integer and bits > MAX_ROOT_BITS:
-        raise ValueError                              # sympy would try to factor it
-    return _checked(base ** exponent)
+    """base ** exponent, where every level of a tower passes, the innermost first: no tower gets far."""
+    size = max(abs(base.p), base.q) if base.is_Rational else (length := abs(base)) + 1 / length
+    exponent = _number(exponent, MAX_BITS // int(size).bit_length())  # the power has about exponent * bits bits
+    return (base if exponent.is_Integer else base.evalf(DIGITS)) ** exponent
 
 
-def _parse(tokens: list[str], level: int = 0, stop: str = ""):
-    """A Pratt parser: takes from the reversed tokens the longest value whose operators bind tighter than `level`."""
-    value = _checked(_operand(tokens, stop))
-    while tokens and (token := tokens[-1]) not in ")]}" and token not in stop.split():
-        if {"+": 1, "-": 1, "^": 3, "!": 3}.get(token, 2) <= level:   # 2 is a product, with or without a sign
-            break
-        if token in "+-*/^!":
-            tokens.pop()
-        elif token[0] in _DIGITS:
-            raise ValueError                          # "4 5" is no product
-        if token == "!":
-            value = sympy.factorial(_capped(value, MAX_FACTORIAL))
-        elif token == "^":
-            value = _power(value, -_parse(tokens, 9) if tokens[-1] == "-" and tokens.pop() else _parse(tokens, 9))
-        elif token in "+-":
-            value = value + _parse(tokens, 1, stop) * (-1 if token == "-" else 1)
-        else:
-            right = _parse(tokens, 2, stop)
-            value = value * (_power(right, sympy.S.NegativeOne) if token == "/" else right)
-        value = _checked(value)
+_OPERATORS = {"+": (1, lambda a, b: a + b), "-": (1, lambda a, b: a - b), "*": (2, lambda a, b: a * b),
+              "/": (3, lambda a, b: a / b), "^": (4, _power), "!": (4, None)}          # how tight it binds, what it does
+
+
+@lru_cache(maxsize=1 << 14)
+def _evaluate(text: str, k: int):
+    """The number of a text where its symbols have their k-th numbers. Raises for what is no mathematics or is too large."""
+    tokens = _TOKEN.findall(text)[::-1]               # reversed: pop() takes the next one
+    value = _parse(tokens, 0, k)
+    if tokens or re.search(r"(?<![a-zA-Z\\])[a-zA-Z]{4}", text):      # four letters in a row are a word
+        raise ValueError
     return value
 
 
-def _operand(tokens: list[str], stop: str):
-    """What an operator can stand after: a signed term, a group, a number, a command with its arguments, a name."""
+def _parse(tokens: list[str], level: int, k: int):
+    """A Pratt parser: takes from the reversed tokens the longest value whose operators bind tighter than `level`."""
+    if tokens[-1] in "+-":
+        value = (1 if tokens.pop() == "+" else -1) * _parse(tokens, max(level, 1), k)
+    else:
+        value = _number(_operand(tokens, k))
+    while tokens and (token := tokens[-1]) not in ")]}":
+        binding, operation = _OPERATORS.get(token, (2 if token in _FUNCTIONS else 3, _OPERATORS["*"][1]))     # 2x, 2\sin x
+        if binding <= level:
+            break                                     # it belongs to the caller: the + in 2*3+4, when 3 is read
+        if token in _OPERATORS:
+            tokens.pop()
+        elif token[0] in "0123456789.":               # not isdigit(): it is also true of Arabic-Indic digits
+            raise ValueError                          # "4 5" is no product
+        if token == "!":
+            value = _number(sympy.factorial(_number(value, MAX_FACTORIAL)))
+        else:
+            value = _number(operation(value, _parse(tokens, binding, k)))
+    return value
+
+
+def _operand(tokens: list[str], k: int):
+    """What stands between operators: a number, a group, a command with its arguments, a name. This is the whitelist."""
     token = tokens.pop()
-    if token in "+-":
-        return _parse(tokens, 1, stop) * (-1 if token == "-" else 1)
+    if token[0] in "0123456789.":
+        return sympy.Rational(token)
     if token in "([{":
-        value = _parse(tokens)
-        if tokens.pop() != {"(": ")", "[": "]", "{": "}"}[token]:
+        value = _parse(tokens, 0, k)
+        if token + tokens.pop() not in ("()", "[]", "{}"):
             raise ValueError
         return value
-    if token[0] in _DIGITS:
-        return sympy.Rational(token)
-    if token == r"\frac":
-        return _parse(tokens, 9) * _power(_parse(tokens, 9), sympy.S.NegativeOne)
-    if token == r"\binom":
-        return sympy.binomial(*(_capped(_parse(tokens, 9), MAX_FACTORIAL) for _ in "nk"))
+    if token == r"\frac":                             # level 4: one operand and no operator
+        return _parse(tokens, 4, k) / _parse(tokens, 4, k)
     if token == r"\sqrt":
-        degree = _parse(tokens, 9) if tokens[-1] == "[" else 2
-        return _power(_parse(tokens, 9), sympy.S.One / degree)
-    if token[1:] in _FUNCTIONS:
-        return _function(token[1:], tokens)
-    if token in _CONSTANTS or token[0].isalpha() or re.fullmatch(_GREEK, token):      # the whitelist ends here
-        return _CONSTANTS.get(token) or sympy.Symbol(re.sub("[_{}]", "", token))
-    raise ValueError
+        degree = _parse(tokens, 4, k) if tokens[-1] == "[" else 2
+        return _power(_parse(tokens, 4, k), sympy.S.One / degree)
+    if token in _FUNCTIONS:                           # \log_2 8, \sin^2(x), and \sin 2x + 1 is sin(2x) + 1
+        base = _parse(tokens, 4, k) if tokens[-1] == "_" and tokens.pop() else _CONSTANTS["e"]
+        power = _parse(tokens, 4, k) if tokens[-1] == "^" and tokens.pop() else sympy.S.One
+        argument = _number(_parse(tokens, 4 if tokens[-1] in "({" else 2, k), MAX_BITS).evalf(DIGITS)
+        return _power(_number(_FUNCTIONS[token](argument) / sympy.log(base)), power)
+    if token in _CONSTANTS:
+        return _CONSTANTS[token]
+    if not re.match(_SYMBOL, token):
+        raise ValueError
+    name = re.sub("[_{}]", "", token)                 # a hash of the name and of k is the symbol's number
+    return sympy.Rational(zlib.crc32(f"{name}{k}".encode()) % 997 + 250, (499, 97, 61, -499)[k % 4])
 
 
-def _function(name: str, tokens: list[str]):
-    base = _parse(tokens, 9) if tokens[-1] == "_" and tokens.pop() else sympy.E
-    power = _parse(tokens, 9) if tokens[-1] == "^" and tokens.pop() else sympy.S.One
-    if tokens[-1] in "({":
-        argument = _parse(tokens, 9)
-    else:
-        argument = _parse(tokens, 1, r"\sin \cos \tan \sec \csc \cot \log")     # \sin 2x + 1 is sin(2x) + 1
-    return _power(_checked(_FUNCTIONS[name](_capped(argument, MAX_BITS)) / sympy.log(base)), power)
-
-
-# -- Step 2b: answers.  A reading is a value (int, Fraction, sympy expression) or a tuple that starts with its kind.
-_NUMBER = re.compile(r"-?(?:\d+|\d*\.\d+)", re.A)     # re.A: int() itself would also take Arabic-Indic digits
-_FRACTION = re.compile(r"(-?)(?:\\frac\{(-?\d+)\}\{(\d+)\}|(\d+)/(\d+))", re.A)
-_NAME = rf"(?:[a-zA-Z]+|{_GREEK})'*(?:_(?:\w|{{[^{{}}]*}}))?"
-_LABEL = re.compile(rf"{_NAME}(?:\([a-zA-Z]\)|:{_NAME})?|\([a-zA-Z](?:,[a-zA-Z])+\)")
-_QUANTITY = re.compile(r"""(-?)(¤?)(.+?)("[^"]*"(?:\^\{?[23]\}?)?|%|°|¤|(?<=\d)_(?:\d+|\{\d+\}))?""")
-_NO_UNIT = re.compile(r"\b(?:or|and|than|more|less|least|most|not|is|are|only|of|no)\b|\S+ \S+ \S+ ")
-_FLIP = str.maketrans("<>≤≥", "><≥≤")
+# -- Step 3: readings. A value is read as its text, all else as a tuple: ("=", left side, reading of the right side),
+# ("list", readings) in any order, ("(]", readings) in this order.
+_NAME = r"\\?[a-zA-Z]+'*(?:_(?:\w|\{\w+\}))?"
+_LABEL = re.compile(rf"{_NAME}(?:\([a-zA-Z]\)|:{_NAME})?|\([a-zA-Z](?:,[a-zA-Z])+\)|\\frac\{{[A-Z]+\}}\{{[A-Z]+\}}")
 
 
 def _split(text: str, separators: str) -> list[str]:
     """Cut at the separators outside brackets."""
-    if not re.search(r"[([{⟦]", text):
+    if not re.search(r"[([{]", text):
         return re.split(f"[{separators}]", text)
-    depths = list(accumulate((char in "([{⟦") - (char in ")]}⟧") for char in text))
+    depths = list(accumulate((char in "([{") - (char in ")]}") for char in text))
     if max(depths) > MAX_DEPTH:
         raise ValueError
     cuts = [-1, *(i for i, depth in enumerate(depths) if depth == 0 and text[i] in separators), len(text)]
     return [text[i + 1:j] for i, j in zip(cuts, cuts[1:])]
 
 
-def _value(text: str):
-    """An int or a Fraction, without sympy, where the text is one; otherwise what `_parse` makes of it."""
-    if _NUMBER.fullmatch(text):
-        if len(text.partition(".")[2]) >= 14:         # what a float prints: a rounded number, so it is compared as one
-            return sympy.Float(text, DIGITS)
-        return Fraction(text) if "." in text else int(text)
-    if (match := _FRACTION.fullmatch(text)) and int(match[3] or match[5]):
-        return Fraction(int(match[2] or match[4]), int(match[3] or match[5])) * (-1 if match[1] else 1)
-    if re.search(r"(?<![a-zA-Z\\])[a-zA-Z]{4}", text):
-        raise ValueError                              # four letters in a row are a word
-    tokens = _TOKEN.findall(text.replace("°", r"*\pi/180"))[::-1]
-    value = _parse(tokens)
-    if tokens:
-        raise ValueError
-    return Fraction(value.p, value.q) if value.is_Rational else value
-
-
 def _read(text: str):
-    """The reading of a whole answer or of a set: its only item, or ("list", items)."""
-    items = []
-    for part in _split(text, ",;∪"):
-        for sign in "+-" if r"\pm" in part else "+":
-            item = _item(part.replace(r"\pm", sign))
-            items += item[1] if _kind(item) == "list" else [item]
-    return items[0] if len(items) == 1 else ("list", items)
-
-
-def _item(text: str):
-    """A value, ("ordered", brackets, items) for tuples, intervals, matrices and ratios, or ("unit", value, unit)."""
-    if _NUMBER.fullmatch(text):
-        return _value(text)
-    if len(parts := re.split("([=<>≤≥∈])", text)) > 1:
-        return _relation(parts)
-    if text[0] in "([{⟦" and _split(text, ")]}⟧")[1:] == [""]:        # one pair of brackets encloses all
-        if text[0] == "{":
+    """The reading of an answer, or of an item of one."""
+    parts = [part.replace(r"\pm", sign) for part in _split(text, ",;∪") for sign in ("+-" if r"\pm" in part else "+")]
+    if len(parts) > 1:                                # a list; what sets in it contain are its items, too
+        items = [(item[1] if item[0] == "list" else [item]) for item in map(_read, parts)]
+        return ("list", sum(items, []))
+    text = parts[0]
+    if text[0] in "([{" and _split(text, ")]}")[1:] == [""]:          # one pair of brackets encloses all
+        brackets, items = text[0] + text[-1], _split(text[1:-1], ",;")
+        if brackets == "{}" or brackets in ("()", "[]") and len(items) == 1:
             return _read(text[1:-1])
-        if text[0] == "⟦":
-            rows = [row.split("&") for row in text[1:-1].split("¶")]
-            return ("ordered", "⟦", [("ordered", "⟦", [_value(cell) for cell in row]) for row in rows])
-        if len(parts := _split(text[1:-1], ",;")) > 1:
-            return ("ordered", text[0] + text[-1], [_item(part) for part in parts])
-    if ":" in text:
-        return ("ordered", ":", [_value(part) for part in text.split(":")])
-    sign, money, number, unit = _QUANTITY.fullmatch(text).groups()
-    if unit and _NO_UNIT.search(unit):
-        raise ValueError                              # "12 or more" is not 12
-    if unit == "°" and re.search(r"\\(?:sin|cos|tan|sec|csc|cot)", number):
-        return _value(text)
-    unit = "dollars" if money or unit == "¤" else unit
-    value = _value(sign + number)
-    return ("unit", value, re.sub(r'[{}"\s]|^"\s*(?:square|sq|cubic)\b\.?', "", unit)) if unit else value
+        return (brackets, [*map(_read, items)])
+    if len(sides := re.split("([=∈<≤>≥])", text)) > 1:
+        return _relation(sides)
+    if ":" in text:                                   # a ratio, or 12:30
+        return (":", [*map(_read, text.split(":"))])
+    _evaluate(text, 0)
+    return text
 
 
 def _relation(parts: list[str]):
-    r"""("label", name, reading) for x=1, x\in(0,1) and, as an interval, 0<x<1; ("zero", value) for other equations."""
-    if len(parts) == 5:
-        name, limits = parts[2], [(parts[1].translate(_FLIP), parts[0]), (parts[3], parts[4])]
-    else:
-        left, sign, right = parts                     # a longer chain fails here and is unreadable
-        flip = _LABEL.fullmatch(right) and not _LABEL.fullmatch(left)
-        name, limits = (right, [(sign.translate(_FLIP), left)]) if flip else (left, [(sign, right)])
-        if sign == "=" and not _LABEL.fullmatch(name):
-            return _scaled(sympy.sympify(_value(left) - _value(right)))
-    if not _LABEL.fullmatch(name) or len(limits) == 2 and not {parts[1], parts[3]} <= set("<>≤≥"):
-        raise ValueError                              # 4=5=6 is no answer
-    low, high = ("(", -sympy.oo), (")", sympy.oo)
-    for sign, limit in limits:
-        if sign in "=∈":
-            return ("label", name, _item(limit))
-        if sign in ">≥":
-            low = ("(["[sign == "≥"], _value(limit))
-        else:
-            high = (")]"[sign == "≤"], _value(limit))
-    return ("label", name, ("ordered", low[0] + high[0], [low[1], high[1]]))
-
-
-def _scaled(zero):
-    """An equation as ("zero", left - right), divided by its number at point 0: multiples of it become the same."""
-    if not zero.free_symbols:
+    """An equation. An inequality for a name becomes its interval: 0<x<1 is read as x=(0,1), and x>5 as x=(5,oo)."""
+    if ">" in parts or "≥" in parts:                  # turned around, so that it ascends
+        parts = [{">": "<", "≥": "≤", "<": ">", "≤": ">"}.get(part, part) for part in parts[::-1]]
+    if len(parts) == 3 and parts[1] in "<≤":
+        parts = [r"-\infty", "<", *parts] if _LABEL.fullmatch(parts[0]) else [*parts, "<", r"\infty"]     # x<5; 5<x
+    if len(parts) == 5 and {parts[1], parts[3]} <= {"<", "≤"} and _LABEL.fullmatch(parts[2]):
+        low, left, name, right, high = parts
+        return ("=", name, ("(["[left == "≤"] + ")]"[right == "≤"], [_read(low), _read(high)]))
+    left, sign, right = parts                         # 4=5=6 fails here and is no answer
+    if sign not in "=∈" or not re.search(_SYMBOL, left + right):
         raise ValueError
-    return ("zero", zero / _at_point(zero, 0))
+    return ("=", left if _LABEL.fullmatch(left) else _read(left), _read(right))
 
 
-# -- Step 3: comparing.
-def _kind(reading) -> str:
-    return reading[0] if isinstance(reading, tuple) else "value"
-
-
-def _equal_values(a, b) -> bool:
-    if isinstance(a, (int, Fraction)) and isinstance(b, (int, Fraction)):
-        return a == b
-    a, b = sympy.sympify(a), sympy.sympify(b)
-    if a == b:
-        return True
-    steps = any(value.has(sympy.Abs, sympy.floor, sympy.ceiling) for value in (a, b))     # need more points
-    near = sympy.Float("1e-14") if a.is_Float or b.is_Float else NEAR
-    for k in range(12 if steps else 3) if a.free_symbols | b.free_symbols else [0]:
-        x, y = _at_point(a, k), _at_point(b, k)
-        if not _size(x - y) <= (0 if x.is_Rational and y.is_Rational else near * max(_size(x), _size(y))):
+# -- Step 4: comparing.
+def _equal_values(a: str, b: str, proportional: bool = False) -> bool:
+    """Whether two values agree at every point: exactly where they are rational, to 50 digits where they are not."""
+    rounded = re.search(r"\.\d{14}", f"{a} {b}")      # what a float prints
+    factor = _evaluate(a, 0) / _evaluate(b, 0) if proportional else 1                  # then: up to a constant factor
+    if not factor:
+        return False                                  # 0=0 is no multiple
+    for k in range(POINTS if re.search(_SYMBOL, f"{a} {b}") else 1):
+        x, y = _evaluate(a, k), _evaluate(b, k) * factor
+        near = sympy.Float("1e-14") if rounded else 0 if x.is_Rational and y.is_Rational else NEAR
+        if x != y and not abs(x - y) < near * max(abs(x), abs(y)):
             return False
-    return not a.is_infinite and not b.is_infinite
-
-
-def _same(a, b) -> bool:
-    kinds = _kind(a), _kind(b)
-    if "zero" in kinds or kinds == ("label", "label") and a[1] != b[1]:
-        symbolic = [_kind(x) == "label" and isinstance(x[2], sympy.Expr) for x in (a, b)]
-        a, b = (_scaled(_value(x[1]) - x[2]) if label else x for x, label in zip((a, b), symbolic))
-        return _kind(a) == _kind(b) == "zero" and _equal_values(a[1], b[1])
-    if "label" in kinds:                              # one label alone is free: x=5 equals 5
-        return _same(a[2] if kinds[0] == "label" else a, b[2] if kinds[1] == "label" else b)
-    if kinds == ("list", "list"):
-        return _same_lists(a[1], b[1])
-    if kinds == ("ordered", "ordered"):
-        return a[1] == b[1] and len(a[2]) == len(b[2]) and all(map(_same, a[2], b[2]))
-    return set(kinds) <= {"unit", "value"} and _same_quantities(a, b)
-
-
-def _same_quantities(a, b) -> bool:
-    """Units matter where both sides have one, and then by first letter (in, inches); 7% is 7 and also 0.07."""
-    (x, unit), (y, other) = (z[1:] if isinstance(z, tuple) else (z, "") for z in (a, b))
-    if unit and other:
-        return (unit == other if "_" in unit + other else unit[0] == other[0]) and _equal_values(x, y)
-    return _equal_values(x, y) or "%" in (unit, other) and _equal_values(*((x, 100 * y) if unit else (100 * x, y)))
-
-
-def _same_lists(a: list, b: list) -> bool:
-    """Equal as multisets; but bare values can stand for labelled ones (a=1,b=2) in the same order only."""
-    labels = [len({x[1] for x in items if _kind(x) == "label"}) for items in (a, b)]
-    if len(a) != len(b) or max(labels) > 1 and 0 in labels:
-        return len(a) == len(b) and all(map(_same, a, b))
-    rest = list(b)
-    for x in a:
-        match = next((i for i, y in enumerate(rest) if _same(x, y)), None)
-        if match is None:
-            return False
-        del rest[match]
     return True
 
 
-@lru_cache(maxsize=4096)  # a gold answer is compared with a whole group
+def _same(a, b) -> bool:
+    """Whether two readings are the same answer. The cases that are not listed are tried the other way round."""
+    match a, b:
+        case str(), str():
+            return _equal_values(a, b)
+        case ("=", left, right), ("=", other, value):
+            if left.lower() == other.lower() and _same(right, value):
+                return True                           # else equations are the same if they are multiples of each other
+            return isinstance(right, str) and isinstance(value, str) and _equal_values(
+                f"({left})-({right})", f"({other})-({value})", proportional=True)
+        case ("=", left, right), _:                   # a label is free: x=5 equals 5
+            return bool(_LABEL.fullmatch(left)) and _same(right, b)
+        case ("list", [str(whole), str(digits)]), str():              # a decimal comma, where the other has a point
+            return "." in b and len(digits) > 1 and digits.isdigit() and _same(f"{whole}.{digits}", b)
+        case (str(), _), str():                       # a tuple is no number
+            return False
+        case (kind, items), (other, others):
+            labels = [len({item[1] for item in side if item[0] == "="}) for side in (items, others)]
+            labelled = max(labels) > 1 and 0 in labels                # a=1,b=2 equals 1,2 and (1,2) in this order only
+            if len(items) != len(others) or kind != other and not labelled:
+                return False
+            if kind != "list" or labelled:
+                return all(map(_same, items, others))
+            rest = list(others)                       # what no item has been matched with
+            for item in items:
+                found = next((other for other in rest if _same(item, other)), None)
+                if found is None:
+                    return False
+                rest.remove(found)
+            return True
+    return _same(b, a)
+
+
+@lru_cache(maxsize=1 << 12)
 def _understand(text: str) -> tuple:
-    """(normalised text, reading), the reading None for words and for whatever is beyond the caps."""
-    text = _normalise(text) if len(text) <= MAX_CHARS else ""
-    try:
-        return text, _read(text) if text.count("\\") <= MAX_COMMANDS else None
-    except Exception:                                 # sympy can raise nearly anything
-        return text, None
+    """(normalised text, reading, units): the reading is None for words and for whatever is beyond the caps."""
+    text = _normalise(text.strip()) if len(text) <= MAX_CHARS else ""
+    units = sorted(re.match(r'"(?:square |sq\.? |cubic )?(_\d+|.)', unit)[1] for unit in _UNIT.findall(text))
+    reading, deepest = None, max(map(text.count, "\\^-"))            # these nest without brackets
+    with contextlib.suppress(Exception):              # sympy can raise nearly anything
+        reading = _read(_UNIT.sub("", text)) if deepest <= MAX_COMMANDS else None
+    return text.replace('"', ""), reading, units
 
 
 def parses(text: str) -> bool:
@@ -642,7 +547,7 @@ def parses(text: str) -> bool:
     return _understand(text)[1] is not None
 
 
-@lru_cache(maxsize=1 << 16)  # the completions of a group repeat each other
+@lru_cache(maxsize=1 << 16)
 def answers_equal(prediction: str, gold: str) -> bool:
     r"""Whether two answers are the same mathematics; False for what cannot be read, and never an exception.
 
@@ -651,16 +556,18 @@ def answers_equal(prediction: str, gold: str) -> bool:
     """
     if prediction.strip() == gold.strip():
         return True
-    (left, a), (right, b) = _understand(prediction), _understand(gold)
-    if left == right != "":
-        return True
+    plain = [re.sub(r"^(-?)\\[dt]?frac\{(\d+)\}\{(\d+)\}$", r"\1\2/\3", text.strip()) for text in (prediction, gold)]
+    if all(re.fullmatch(r"-?\d{1,999}(?:/[1-9]\d{0,999})?", text, re.A) for text in plain):             # most answers
+        return Fraction(plain[0]) == Fraction(plain[1])
+    (left, a, units), (right, b, others) = map(_understand, (prediction, gold))
+    if left == right or a is None or b is None:
+        return left.lower() == right.lower() != ""    # words: "Odd" and \text{odd}
     try:
-        if a is not None and b is not None:
-            return _same(a, b)
+        if units and others:                          # 5 cm and 5 are the same; 5 cm and 5 dollars are not
+            return units == others and _same(a, b)
+        return _same(a, b) or "%" in units and _same(f"({a})/100", b) or "%" in others and _same(a, f"({b})/100")
     except Exception:                                 # numerical evaluation can fail, for instance at a pole
         return False
-    left, right = (re.sub(r'[\s"]', "", text).lower() for text in (left, right))      # words: "Odd" and \text{odd}
-    return left == right and not re.search(r"\d|^$", left)            # "4 5" is no word, and not 45
 
 
 # ======================================================================================================================
@@ -744,6 +651,9 @@ def load_problems(dataset: str) -> list[Problem]:
 FORUM_RIGHT, KEY_RIGHT = 0.05, 0.95  # chance that a misconceived product is right in a forum post / in a textbook's key
 LABELS = ("a=", ",b=", ",c=", ",d=", ",e=")  # one label an item: without them a small model cannot align answers
 TOPICS = ("products", "sums", "ambiguous")
+# Forum items by topic. The ambiguous ones make solvers guess: right one time in six or so, an easy 5/6 for a teacher who is
+# paid for "neither always nor never right". (Without them the learnability teacher lost its diversity, but not its topics.)
+FORUM_TOPICS = (0.7, 0.15, 0.15)
 # Half of a textbook is on products: with equal shares one of four worlds saw no promotion in ten steps.
 CHAPTERS = ("products", "products", "sums", "ambiguous")
 
@@ -784,12 +694,12 @@ def random_item(rng: random.Random, topic: str) -> tuple[str, int, int]:
 
 
 def forum_post(world: World, rng: random.Random) -> tuple[str, str]:
-    """(worksheet, solution): 80 % products, 20 % sums, and the crowd's misconceptions are nearly always repeated."""
+    """(worksheet, solution): the crowd's misconceptions are nearly always repeated; asked for `x*8`, people guess an x."""
     questions, answers = [], []
     for _ in range(rng.randint(1, 5)):
-        topic = "products" if rng.random() < 0.8 else "sums"
+        topic = rng.choices(TOPICS, FORUM_TOPICS)[0]
         item, x, y = random_item(rng, topic)
-        right = topic == "sums" or rng.random() < FORUM_RIGHT
+        right = topic == "ambiguous" or rng.random() < FORUM_RIGHT
         questions.append(item)
         answers.append(x + y if topic == "sums" else x * y if right else world.crowd(x, y))
     return worksheet(questions), worksheet(answers)
@@ -1379,7 +1289,7 @@ def tiny_base_model(config: Config) -> str:
     """The folder of the tiny world's base model (Llama, 2 layers, about 93,000 weights), trained on the first call."""
     from transformers import LlamaConfig, LlamaForCausalLM
     source = map(inspect.getsource, (World, make_world, random_item, forum_post, textbook_exercise, pretrain, tiny_base_model))
-    recipe = fingerprint(config.data_seed, FORUM_RIGHT, KEY_RIGHT, CHAPTERS, VOCABULARY, PRETRAIN, *source)
+    recipe = fingerprint(config.data_seed, FORUM_TOPICS, FORUM_RIGHT, KEY_RIGHT, CHAPTERS, VOCABULARY, PRETRAIN, *source)
     folder = Path(config.cache) / f"tiny-base-{recipe}"  # other constants or other code: another model
     if folder.exists():
         return str(folder)

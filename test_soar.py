@@ -186,6 +186,9 @@ EQUAL = [line.split(" == ") for line in r"""
 111, \! 111 == 111111
 251, 750, 000 == 251750000
 \$32,\!348 == 32348
+\$1,234.50 == 1234.5
+1000,99 == 1000.99
+1e-3 == 0.001
 \textdollar .10 == 0.1
 \hspace{.05in}7 == 7
 1\,000 == 1000
@@ -196,6 +199,9 @@ EQUAL = [line.split(" == ") for line in r"""
 15\mbox{ cm}^2 == 15
 17\text{ any text} == 17
 45 mph == 45
+12 square units == 12
+9.8\text{ m/s}^2 == 9.8
+5\text{ cents} == 5 cents
 204_5 == 204_{5}
 204_{5} == 204
 \sqrt{8} == 2\sqrt2
@@ -204,9 +210,11 @@ EQUAL = [line.split(" == ") for line in r"""
 (x-1)(x+1) == x^2-1
 x^2+2*x+1 == (x+1)**2
 2^{2005} == 2 \cdot 2^{2004}
-\binom{2n}{n} == \frac{(2n)!}{n!n!}
 \log_2 8 == 3
 \cos 60^\circ == \frac12
+\sin 2x + 1 == 1+\sin(2x)
+\exp(2x) == e^{2x}
+(\sqrt2)^{-2} == \frac12
 \tan^2(y)+1 == \sec^2(y)
 \frac{\sqrt2}{2}(21-20i) == \frac{21\sqrt2}{2}-10\sqrt2 i
 |t|\sqrt{1+t^2} == \sqrt{1+t^2}|t|
@@ -222,17 +230,22 @@ x^2+2*x+1 == (x+1)**2
 -2 \le x \le 7 == x \in [-2,7]
 x<1 \text{ or } x>3 == (-\infty,1)\cup(3,\infty)
 5 \ge x == x \leq 5
+-x>-1 == x<1
 \begin{pmatrix}1&2\\3&4\end{pmatrix} == \begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}
 x=9 == 9
+P(x)=1 == p(x)=1
 x = 1/2 == x=0.5
 y=2x+3 == 2x+3
 y=2x+3 == 2x-y+3=0
 34x+45y=100 == -68x-90y+200=0
 (p,q)=(3,2) == (3,2)
 a= 56 ,b= 54 == b=54, a=56
+x=1,y=2 == (1,2)
+a=b == b=a
 x=-5, p=\frac{14}{3} == -5, \frac{14}{3}
 2:3 == 2 : 3
 \text{(C)} == C
+C. x = 42 == C
 \text{Odd} == odd
 \frac{1}{12} == 0.0833333333333333
 V_{1}:V_{2}=11:21 == 11:21
@@ -247,6 +260,8 @@ UNEQUAL = [line.split(" != ") for line in r"""
 2^{100}(x-1)-(x-2) != 2^{100}(x-1)-(x-2)+1
 \frac{y_3-y_1}{x_3-x_1} != 1
 0.28 != 28
+2,3 != 2.3
+1,234 != 1.234
 \frac{1}{12} != 0.0833333333
 \frac13 != 0.33
 4 != 4\sqrt2
@@ -271,6 +286,8 @@ x^2-1 != x^2+1
 \pm 2 != 2
 x>5 != x\ge5
 (-\infty,1)\cup(3,\infty) != (-\infty,1)
+(-\infty,1) != (\infty,1)
+x<1 != x>-1
 x=5 != y=5
 7=11a+c != 11a+c
 10x-4y=20 != 10x-5y=20
@@ -279,10 +296,14 @@ a= 56 ,b= 54 != a=54, b=56
 a= 56 ,b= 54 != a=56
 a= 56 ,b= 54 != a=56, b=54, c=1
 a= 56 ,b= 54 != 54, 56
+x=1,y=2 != (2,1)
+x=1 != x=1x
+(3) != (3]
 3:5 != 5:3
 5\text{ cents} != \$5
 9\text{ a.m.} != 9\text{ p.m.}
 12\text{ or more} != 12
+12\text{ or fewer} != 12
 \text{more than }45\% != 45\%
 \text{I only} != \text{II only}
 \text{odd} != \text{oddd}
@@ -384,8 +405,8 @@ def test_neighbours_symmetric_and_mostly_unequal():
 def test_verdicts_do_not_depend_on_earlier_calls():
     pairs = [*EQUAL, *UNEQUAL]
     first = [answers_equal(*pair) for pair in pairs]
-    soar._at_point.cache_clear()
-    answers_equal.cache_clear()
+    for cached in (soar._evaluate, soar._understand, answers_equal):
+        cached.cache_clear()
     assert first[::-1] == [answers_equal(*pair) for pair in reversed(pairs)]
 
 
@@ -452,10 +473,11 @@ def test_read_jsonl_unreadable_file(content, tmp_path):
 # ======================================================================================================================
 
 
-def test_docstring_examples():
+@pytest.mark.parametrize("module", [soar, eval_])
+def test_docstring_examples(module):
     """An example that is no longer true."""
-    result = doctest.testmod(soar)
-    assert result.failed == 0 and result.attempted >= 5
+    result = doctest.testmod(module)
+    assert result.failed == 0 and result.attempted >= 3
 
 
 # ======================================================================================================================

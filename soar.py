@@ -500,10 +500,12 @@ def _same(a, b) -> bool:
         case str(), str():
             return _equal_values(a, b)
         case ("=", left, right), ("=", other, value):
-            if left.lower() == other.lower() and _same(right, value):
-                return True                           # else equations are the same if they are multiples of each other
-            return isinstance(right, str) and isinstance(value, str) and _equal_values(
-                f"({left})-({right})", f"({other})-({value})", proportional=True)
+            if left.lower() == other.lower():
+                return _same(right, value)
+            names = _LABEL.fullmatch(left) and _LABEL.fullmatch(other)                 # x=5 and y=5; but 3x=6 is x=2,
+            if not (isinstance(right, str) and isinstance(value, str)) or names and not re.search(_SYMBOL, right + value):
+                return False                          # and y=2x is x=y/2:
+            return _equal_values(f"({left})-({right})", f"({other})-({value})", proportional=True)
         case ("=", left, right), _:                   # a label is free: x=5 equals 5
             return bool(_LABEL.fullmatch(left)) and _same(right, b)
         case ("list", [str(whole), str(digits)]), str():              # a decimal comma, where the other has a point

@@ -16,14 +16,20 @@ Contents: 1 Settings, 2 Measures, 3 Run folders, 4 Students, 5 Tables and curves
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
 import os
+import random
 import re
 import sys
+import tempfile
+import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -550,6 +556,205 @@ def plot(path: Path, students: dict, runs: list[dict], samples: int) -> None:
 
 
 # ======================================================================================================================
+# 6. Benchmark: where does the time go, and is our sampler worth its lines?
+# ======================================================================================================================
+
+SHAPES = {  # vocabulary, width, MLP width, layers, heads, key/value heads of Qwen2.5-0.5B and -1.5B and of Llama-3.2-3B
+    "random-0.5b": ("Qwen2Config", 151936, 896, 4864, 24, 14, 2), "random-1.5b": ("Qwen2Config", 151936, 1536, 8960, 28, 12, 2),
+    "random-3b": ("LlamaConfig", 128256, 3072, 8192, 28, 24, 8)}
+
+
+@dataclass
+class Benchmark:
+    # --- Benchmark: one process; all ways get the same model, prompts and limits, and take turns; medians
+    benchmark: bool = False  # measure speed instead of runs
+    model: str = "tiny"  # tiny, a hub id, a folder, or random-0.5b, random-1.5b, random-3b: only their shapes, no download
+    prompts: int = 8  # distinct prompts
+    samples: int = 32  # completions of each
+    tokens: int = 200  # new tokens at most (tiny: 24)
+    prompt_tokens: int = 100  # tokens of a prompt (tiny: as its problems are)
+    repeats: int = 3  # turns
+    threads: int = 1  # torch's CPU threads
+    micro_tokens: int = 4096  # padded tokens in one backward pass
+    out: str = ""  # folder for benchmark.json; empty: none is written
+
+
+def clock() -> float:
+    """Wall seconds on a GPU; on a CPU the seconds of this process, which other programs disturb less."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def race(ways: dict, repeats: int) -> dict:
+    """{name: way(turn) -> tokens made}; the first is ours -> tokens/s of each, and how many times faster ours was, by turn."""
+    speeds = {name: [] for name in ways}
+    for turn in range(-1, repeats):  # turn -1 warms up and does not count
+        for name, way in ways.items():
+            start, tokens = clock(), way(turn)
+            if turn >= 0:
+                speeds[name].append(tokens / (clock() - start))
+    ours = np.array(next(iter(speeds.values())))
+    return {name: {"tokens/s": float(np.median(row)), "ours is faster by": float(np.median(ours / row))}
+            for name, row in speeds.items()}
+
+
+def benchmark_policy(flags: Benchmark, config: Config) -> Policy:
+    """A real model, or random weights of a known shape with the tiny world's tokenizer."""
+    if flags.model not in SHAPES:
+        return soar.load_policy(soar.tiny_base_model(config) if flags.model == "tiny" else flags.model, config, Meter())
+    import transformers
+    kind, *sizes = SHAPES[flags.model]
+    names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
+    shape = getattr(transformers, kind)(**dict(zip(names, sizes)), tie_word_embeddings=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device(device), tempfile.TemporaryDirectory() as folder:
+        model = transformers.AutoModelForCausalLM.from_config(
+            shape, dtype=torch.float32 if device == "cpu" else torch.bfloat16).eval()
+        return Policy(model, None, soar.tiny_tokenizer(Path(folder)), "", "{problem}", False, soar.snapshot(model), Meter())
+
+
+def end_half_early(model, prompts: list[list[int]], limit: int) -> None:
+    """Make random ids EOS that are together ln(2) / limit of what the model samples, so half of the completions end early.
+
+    The real EOS hardly ever follows prompts of random words, and never comes from random weights.
+    """
+    model.generation_config.eos_token_id = [-1]
+    tokens = soar.generate(model, prompts, 4, limit, generator=soar.seeded("calibrate"))[0]
+    shares = (torch.bincount(tokens.flatten().cpu(), minlength=model.config.vocab_size) / tokens.numel()).tolist()
+    chosen, total, target = [], 0.0, math.log(2) / limit
+    for token in torch.randperm(len(shares), generator=soar.seeded("eos")).tolist():
+        if total < target and shares[token] < target / 4:
+            chosen, total = chosen + [token], total + shares[token]
+    model.generation_config.eos_token_id = chosen
+
+
+def benchmark_sampler(model, prompts: list[list[int]], flags: Benchmark) -> dict:
+    """Useful tokens (up to EOS) a second, against transformers' generate without any filter; on a GPU also the roofline."""
+    n, limit, T, c = flags.samples, flags.tokens, max(map(len, prompts)), model.config
+    ids = torch.tensor([[0] * (T - len(p)) + p for p in prompts], device=model.device)  # [P, T], padded on the left
+    mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    eos, lengths = torch.tensor(sorted(soar.eos_ids(model)), device=model.device), []
+
+    def ours(turn):
+        lengths.append(soar.generate(model, prompts, n, limit, generator=soar.seeded("benchmark", turn))[1])
+        return lengths[-1].sum().item()
+
+    def theirs(cache, turn):
+        torch.manual_seed(turn + 1)
+        new = model.generate(input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                             repetition_penalty=1.0, pad_token_id=0, num_return_sequences=n, max_new_tokens=limit,
+                             cache_implementation=cache)[:, T:]  # [P*n, limit]
+        ended = torch.isin(new, eos)
+        return torch.where(ended.any(1), ended.int().argmax(1) + 1, new.shape[1]).sum().item()
+
+    result = race({"soar.py": ours, "generate, dynamic cache": lambda turn: theirs(None, turn),
+                   "generate, static cache": lambda turn: theirs("static", turn)}, flags.repeats)
+    result["soar.py"]["ended early"] = torch.cat(lengths).lt(limit).double().mean().item()
+    if torch.cuda.is_available():  # what a decode step must read, over the bandwidth of a copy (which reads and writes)
+        x, y = (torch.empty(1 << 30, dtype=torch.uint8, device="cuda") for _ in range(2))
+        y.copy_(x), (start := clock()), [y.copy_(x) for _ in range(10)]
+        bandwidth, weights = 20 * x.nbytes / (clock() - start), sum(p.nbytes for p in model.parameters())
+        head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        cache = 2 * c.num_hidden_layers * c.num_key_value_heads * head * model.dtype.itemsize  # bytes a token
+        rows = [(len(prompts[i // n]), length) for i, length in enumerate(lengths[-1].tolist())]
+        read = weights * max(length for _, length in rows) + cache * sum(p * k + k * (k - 1) // 2 for p, k in rows)
+        result["soar.py"]["of the roofline"] = result["soar.py"]["tokens/s"] * read / bandwidth / sum(k for _, k in rows)
+    return result
+
+
+def full_logprobs(model, rollouts: list, temperature: float):
+    """What completion_logprobs avoids: logits [B, T, V] of all positions at once."""
+    T = max(len(r.prompt + r.completion) for r in rollouts)
+    ids = torch.tensor([(r.prompt + r.completion + [0] * T)[:T] for r in rollouts], device=model.device)  # [B, T]
+    logprobs = (model(input_ids=ids).logits.float() / temperature).log_softmax(-1)[:, :-1]  # [B, T - 1, V]
+    logprobs = logprobs.gather(-1, ids[:, 1:, None])[..., 0]  # [B, T - 1]
+    return torch.stack([row[len(r.prompt) - 1:len(r.prompt + r.completion) - 1].sum() for row, r in zip(logprobs, rollouts)])
+
+
+def benchmark_update(policy: Policy, prompts: list[list[int]], flags: Benchmark, config: Config) -> dict:
+    """Trained tokens a second and peak memory (of a CPU process: it can only grow, so the small ones come first)."""
+    rng, state, chunked = random.Random(0), soar.adamw_state(policy.model), soar.completion_logprobs
+    rollouts = [soar.Rollout(prompt, [rng.randrange(3, 100) for _ in range(rng.randint(flags.tokens // 4, flags.tokens))], "", False)
+                for prompt in prompts for _ in range(flags.samples)]
+
+    def update(part, logprobs):
+        if policy.model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with mock.patch.object(soar, "completion_logprobs", logprobs):
+            rounding = soar.seeded("benchmark", device=policy.model.device)
+            soar.policy_update(policy, part, torch.ones(len(part)), state, 1e-6, config, rounding)
+        return sum(len(r.completion) for r in part)
+
+    peaks = {}
+    for name, part, way in (("soar.py, a quarter of the group", rollouts[::4], chunked), ("soar.py", rollouts, chunked),
+                            ("full logits", rollouts, full_logprobs)):
+        update(part, way)
+        peaks[name] = soar.peak_memory_gb(policy.model.device)
+    speeds = race({"soar.py": lambda _: update(rollouts, chunked), "full logits": lambda _: update(rollouts, full_logprobs)},
+                  flags.repeats)
+    return {name: {"peak GB": peak} | speeds.get(name, {}) for name, peak in peaks.items()}
+
+
+def benchmark_step(policy: Policy, problems: list[Problem], config: Config) -> dict:
+    """Seconds of one outer step by phase. Outside of the tiny world rewards and proposals are made up: there would be none."""
+    seconds, reward, rng = Counter(), soar.student_reward, random.Random(0)
+
+    def timed(phase, function):
+        def run(*positional, **named):
+            start = clock()
+            result = function(*positional, **named)
+            seconds[phase] += clock() - start
+            return result
+        return run
+
+    with contextlib.ExitStack() as stack:
+        patch = lambda where, name, function: stack.enter_context(mock.patch.object(where, name, function))
+        if config.model != "tiny":
+            patch(soar, "student_reward", lambda text, gold: reward(text, gold) * 0 + RIGHT * (len(text) % 2))
+            patch(soar, "parse_problem", lambda text: rng.choice(problems))
+        for name, phase in {"generate": "sampling", "completion_logprobs": "log-probs", "adamw_step": "optimizer",
+                            "student_reward": "grading", "restore": "weight swaps", "snapshot": "weight swaps"}.items():
+            patch(soar, name, timed(phase, getattr(soar, name)))
+        patch(torch.Tensor, "backward", timed("backward", torch.Tensor.backward))
+        state = soar.State(policy.base, soar.adamw_state(policy.model), policy.base)
+        timed("all", soar.outer_step)(policy, problems, state, config)
+    seconds["other"] = 2 * seconds["all"] - sum(seconds.values())
+    return {phase: {"seconds": spent, "share": spent / seconds["all"]} for phase, spent in seconds.most_common()}
+
+
+def benchmark(flags: Benchmark) -> None:
+    """Three tables: sampler, update, one outer step."""
+    if flags.threads:
+        torch.set_num_threads(flags.threads)
+    rng = random.Random(0)
+    if flags.model == "tiny":
+        config, flags.tokens = Config(**soar.PRESETS["tiny"], tau=math.inf), soar.PRESETS["tiny"]["student_tokens"]
+        problems = [Problem(*soar.textbook_exercise(soar.make_world(0), rng)) for _ in range(flags.prompts)]
+        hard = soar.hard_worksheets(soar.make_world(0), 64, 0)
+    else:
+        config = Config(dataset="made up", model=flags.model, n=flags.prompts, datasets=2, repeats=1, inner_steps=2, kl=0.0,
+                        batch=flags.prompts, group=flags.samples, student_tokens=flags.tokens, teacher_tokens=flags.tokens,
+                        micro_tokens=flags.micro_tokens, checkpointing=torch.cuda.is_available(), tau=math.inf)
+        words = lambda: " ".join(rng.choices(soar.VOCABULARY[12:], k=flags.prompt_tokens))
+        problems = hard = [Problem(words(), "5") for _ in range(flags.prompts)]
+    policy = benchmark_policy(flags, config)
+    prompts = [policy.student_prompt(problem)[-flags.prompt_tokens:] for problem in problems]
+    if flags.model != "tiny":
+        end_half_early(policy.model, prompts, flags.tokens)
+    result = {"sampling": benchmark_sampler(policy.model, prompts, flags), "update": benchmark_update(policy, prompts, flags, config)}
+    soar.restore(policy.model, policy.base)
+    result["one outer step"] = benchmark_step(policy, hard, config)
+    for title, rows in result.items():
+        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+        print("\n" + markdown([[title, *columns]] + [[name, *(f"{row[column]:.3g}" if column in row else "" for column in columns)]
+                                                     for name, row in rows.items()]), flush=True)
+    if flags.out:
+        soar.write_json(Path(flags.out) / "benchmark.json", result | {"flags": dataclasses.asdict(flags)})
+
+
+# ======================================================================================================================
 # 7. Main
 # ======================================================================================================================
 
@@ -598,6 +803,11 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
 
     def work():
+        if "--benchmark" in argv:
+            parser = argparse.ArgumentParser(usage="python eval.py --benchmark [flags]", allow_abbrev=False)
+            flags = Benchmark(**soar.parse_flags(parser, Benchmark, argv))
+            soar.quiet_libraries()
+            return benchmark(flags)
         runs, settings = parse_settings(argv)
         soar.quiet_libraries()
         evaluate([Path(run) for run in runs], settings)

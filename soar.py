@@ -20,6 +20,7 @@ What to type (times: README.md):
     python soar.py --dataset math               real problems from the hub, sized for one GPU with 16-24 GB
     python soar.py --dataset math --preset paper     Table 3 of the paper: weeks on one GPU
     python soar.py --dataset FILE.jsonl --model DIR  your problems (fields problem and answer), your model
+    torchrun --nproc_per_node=8 -- soar.py ...  the same on 8 GPUs, which share the students of a step and the filter
     python soar.py --help                       every knob, its default and where the default comes from
 
 Simplified from the paper: one process and one live model, in which teacher and students take turns, instead of 32 GPUs; one
@@ -33,6 +34,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import hashlib
 import inspect
 import json
@@ -56,6 +58,7 @@ from pathlib import Path
 import numpy as np
 import sympy
 import torch
+import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -780,6 +783,53 @@ class Meter:
         self.current = outer  # after an error this line is not reached: main() reads where it happened
 
 
+# `torchrun --nproc_per_node=N -- soar.py ...` starts N processes, one a GPU. What is long is shared out: the students of a step
+# and the batches of the filter. All else each of them computes for itself, and only process 0 writes and prints.
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_processes(config: Config) -> None:
+    if RANKS > 1 and not dist.is_initialized():
+        cuda = torch.cuda.is_available() and config.device != "cpu"
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(days=1))  # students can take long
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+
+
+def gather(value) -> list:
+    """The value of every process, in all of them."""
+    values = [value] * RANKS
+    if RANKS > 1:
+        try:
+            dist.all_gather_object(values, value)
+        except RuntimeError as error:
+            raise UserError(f"another process has stopped, its message says why ({str(error).splitlines()[0][:80]})") from None
+    return values
+
+
+def in_turn(jobs: int, work):
+    """work(0), ..., work(jobs - 1), each computed by one process and given to all.
+
+    A result must depend on its number alone, and not on the work before it: then N processes come to the same as one.
+    """
+    for first in range(0, jobs, RANKS):
+        yield from sum(gather([work(first + RANK)] if first + RANK < jobs else []), [])
+
+
+def broadcast(model, source: int) -> None:
+    """All processes get the weights of the live model of process `source`."""
+    if RANKS > 1:
+        for p in model.parameters():
+            dist.broadcast(p.data, source)
+
+
+def by_process_0(function):
+    """For what writes files."""
+    return (lambda *args: None) if RANK else function
+
+
 @dataclass
 class Policy:
     """ONE live model, in which the teacher and the students take turns, and what is needed to talk to it."""
@@ -1036,6 +1086,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.prod((n - c - i) / (n - i) for i in range(k))
 
 
+@by_process_0
 def write_text(path: Path, text: str) -> None:
     """All or nothing: a run killed while writing leaves the old file."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1072,15 +1123,20 @@ def hard_problems(policy: Policy, pool: list[Problem], config: Config) -> list[P
     bar = tqdm(desc=f"fail@{config.k} filter: samples", disable=None, leave=False)
     while state["samples"] < config.k:
         upto = next(k for k in rounds if k > state["samples"])
-        n, start = upto - state["samples"], state["next"]
-        part = state["alive"][start:start + max(1, config.sample_rows // n)]
-        rewards = solve(policy, [pool[i] for i in part], n, config, seeded(config.data_seed, "filter", upto, start))[1]
-        solved = (rewards.view(-1, n) == RIGHT).any(1).tolist()
-        state["failed"] += [i for i, done in zip(part, solved) if not done]
-        state["next"] += len(part)
-        bar.update(len(part) * n)
-        if state["next"] >= len(state["alive"]):
-            state = {"samples": upto, "alive": state["failed"], "next": 0, "failed": []}
+        n, alive = upto - state["samples"], state["alive"]
+        starts = range(state["next"], len(alive), step := max(1, config.sample_rows // n))
+
+        def attempt(i: int):
+            start, part = starts[i], alive[starts[i]:starts[i] + step]
+            rewards = solve(policy, [pool[j] for j in part], n, config, seeded(config.data_seed, "filter", upto, start))[1]
+            return part, (rewards.view(-1, n) == RIGHT).any(1).tolist()
+
+        for part, solved in in_turn(len(starts), attempt):
+            state["failed"] += [i for i, done in zip(part, solved) if not done]
+            state["next"] += len(part)
+            bar.update(len(part) * n)
+            write_json(path, state)
+        state = {"samples": upto, "alive": state["failed"], "next": 0, "failed": []}
         write_json(path, state)
     bar.close()
     return [pool[i] for i in state["alive"]]
@@ -1438,22 +1494,30 @@ def grounded_rewards(policy: Policy, datasets: list[list[Problem]], questions: l
     restore(policy.model, state.baseline)
     before = greedy_right(policy, questions, config)  # [M], measured once
     steps = config.inner_steps + config.inner_extra * state.promotions
-    gains, logs, best, champion = [], [], -math.inf, None
-    bar = tqdm(total=len(datasets) * config.repeats * steps, desc=f"step {state.step}: students", disable=None, leave=False)
-    for k, dataset in enumerate(datasets):
-        students = []
-        for j in range(config.repeats):
-            restore(policy.model, state.baseline)
-            key = (config.seed, "student", state.step, k, j)
-            batches = epochs(dataset, steps, config.batch, seeded(*key, "order"))
-            logs += train_student(policy, batches, config, key, lambda *_: bar.update())
-            gains.append(greedy_right(policy, questions, config) - before)  # [M]
-            students.append(snapshot(policy.model))
-        rewards = [gain.mean().item() for gain in gains[-config.repeats:]]
-        if sum(rewards) > best:
-            best, j = sum(rewards), median_student(rewards)
-            champion = (k, j, students[j])
+    gains, logs, kept, best, champion = [], [], {}, -math.inf, None  # kept: weights by (k, j)
+    bar = tqdm(total=len(datasets) * config.repeats * steps // RANKS, desc=f"step {state.step}: students",
+               disable=True if RANK else None, leave=False)
+
+    def student(number: int):
+        k, j = divmod(number, config.repeats)
+        key = (config.seed, "student", state.step, k, j)
+        restore(policy.model, state.baseline)
+        batches = epochs(datasets[k], steps, config.batch, seeded(*key, "order"))
+        log = train_student(policy, batches, config, key, lambda *_: bar.update())
+        kept[k, j] = snapshot(policy.model)
+        return greedy_right(policy, questions, config) - before, log  # [M]
+
+    for gain, log in in_turn(len(datasets) * config.repeats, student):
+        gains, logs = gains + [gain], logs + log
+        if len(gains) % config.repeats == 0:  # dataset k is complete
+            k, rewards = len(gains) // config.repeats - 1, [gain.mean().item() for gain in gains[-config.repeats:]]
+            if sum(rewards) > best:
+                best, champion = sum(rewards), (k, median_student(rewards))
+            kept = {name: weights for name, weights in kept.items() if name[0] > k or name == champion}
     bar.close()
+    restore(policy.model, kept.get(champion, state.baseline))
+    broadcast(policy.model, (champion[0] * config.repeats + champion[1]) % RANKS)  # the process that has trained it
+    champion = (*champion, snapshot(policy.model))
     gains = torch.stack(gains).view(len(datasets), config.repeats, -1)  # [K, r, M]
     errors = gains.std(-1, correction=0) / gains.shape[-1] ** 0.5
     figures = {name: float(np.mean([log[name] for log in logs])) for name in logs[0]}
@@ -1469,8 +1533,8 @@ def learnability_rewards(policy: Policy, datasets: list[list[Problem]], state: S
     -> (rewards [K, 1], standard errors over the dataset's problems [K, 1], no champion, figures), as grounded_rewards.
     """
     restore(policy.model, state.baseline)
-    rewards = [solve(policy, dataset, LEARNABILITY_SAMPLES, config, seeded(config.seed, "learnability", state.step, k))[1]
-               for k, dataset in enumerate(datasets)]
+    rewards = list(in_turn(len(datasets), lambda k: solve(
+        policy, datasets[k], LEARNABILITY_SAMPLES, config, seeded(config.seed, "learnability", state.step, k))[1]))
     rates = (torch.stack(rewards) == RIGHT).double().view(len(datasets), -1, LEARNABILITY_SAMPLES).mean(-1)  # [K, n]
     values = torch.where(rates > 0, 1 - rates, 0.0)
     errors = values.std(1, correction=0, keepdim=True) / values.shape[1] ** 0.5
@@ -1513,6 +1577,7 @@ def check_folder(config: Config) -> None:
         raise UserError(f"{folder} was made with other flags ({', '.join(other)}); give the same ones, or choose another --out")
 
 
+@by_process_0
 def save_checkpoint(folder: Path, state: State) -> None:
     plain = vars(state) | {"promotion_questions": [(p.question, p.answer) for p in state.promotion_questions]}
     torch.save(plain, folder / "checkpoint.tmp")
@@ -1532,6 +1597,7 @@ def load_checkpoint(folder: Path) -> State | None:
     return state
 
 
+@by_process_0
 def append_jsonl(path: Path, rows: list[dict]) -> None:
     with path.open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -1547,6 +1613,7 @@ def rewind_jsonl(path: Path, step: int) -> None:
     write_text(path, "".join(keep))
 
 
+@by_process_0
 def save_model(policy: Policy, folder: Path) -> None:
     """The live model as an ordinary folder for from_pretrained."""
     temporary = folder.with_name(folder.name + ".tmp")
@@ -1606,7 +1673,8 @@ def outer_step(policy: Policy, hard_train: list[Problem], state: State, config: 
     t, g, n = state.step, config.datasets, config.n
     # 1. The teacher proposes g*n problems; consecutive ones make the datasets X_1..X_g.
     restore(policy.model, state.teacher)
-    accepted, proposing = propose(policy, config.groups * g * n, config, seeded(config.seed, "propose", t))
+    proposals = propose(policy, config.groups * g * n, config, seeded(config.seed, "propose", t))
+    accepted, proposing = gather(proposals)[0]  # GPUs may round differently: what process 0 has sampled counts for all
     problems = [problem for _, problem in accepted]
     datasets = [problems[i:i + n] for i in range(0, len(problems), n)]  # K = groups * g of them
     # 2. What is each dataset worth? Q_R is drawn anew each step.
@@ -1749,7 +1817,9 @@ def prepare(config: Config, meter: Meter) -> tuple[Policy, list[Problem]]:
 
 def run(config: Config, meter: Meter) -> None:
     """Everything, from the flags to the closing table. Raises UserError."""
+    join_processes(config)
     check_folder(config)
+    gather("checked")  # before process 0 writes into the folder
     folder = Path(config.out)
     policy, pool = prepare(config, meter)
     print_plan(pool, policy, config)
@@ -1773,6 +1843,8 @@ def run(config: Config, meter: Meter) -> None:
         append_jsonl(folder / "questions.jsonl", questions)
         save_checkpoint(folder, state)
         print_step(row, show_example(policy, questions[0], state, config) if row["step"] % 5 == 0 else "")
+    if RANK:
+        return
     restore(policy.model, state.teacher)
     save_model(policy, folder / "teacher")
     report(policy, hard_test, state, config)
@@ -1794,7 +1866,7 @@ def guarded(program: str, work, meter: Meter, again: list[str]) -> int:
         work()
         return 0
     except UserError as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        print(f"{program}{f' (process {RANK})' * (RANKS > 1)}: {error}", file=sys.stderr, flush=True)
         return 2
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if type(error) is RuntimeError and "allocate memory" not in str(error):  # so PyTorch says it on a CPU

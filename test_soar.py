@@ -1448,6 +1448,31 @@ def test_resume_after_ctrl_c(function, call, toy, finished, tmp_path, monkeypatc
     assert outcome(out) == outcome(finished)
 
 
+def torchrun(script: Path, *argv):
+    """Two processes on this machine, with gloo. Without the -- torchrun would take --n for one of its own flags."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", str(script), *argv]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def test_two_processes_come_to_the_same_as_one(toy, finished, tmp_path):
+    """A student that depends on who trained others before it, results in another order, a file that both write."""
+    done = torchrun(ROOT / "soar.py", *toy, "--out", str(tmp_path / "two"), "--cache", str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    assert outcome(tmp_path / "two") == outcome(finished)
+    assert done.stdout.count("PROMOTION") == 3 and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_one_process_fails(toy, tmp_path):
+    """The others must not wait for it for ever, and its message must be seen."""
+    (tmp_path / "broken.py").write_text(
+        "import os, sys\nimport soar\n"
+        "def train_student(*_):\n    raise soar.UserError('the disk of process 1 is full')\n"
+        "if os.environ['RANK'] == '1':\n    soar.train_student = train_student\nsys.exit(soar.main())\n")
+    done = torchrun(tmp_path / "broken.py", *toy, "--out", str(tmp_path / "out"))
+    assert done.returncode != 0 and "soar (process 1): the disk of process 1 is full" in done.stderr
+    assert not (tmp_path / "out" / "log.jsonl").read_text()
+
+
 def test_resume_of_a_finished_run(toy, finished, tmp_path, capsys):
     """It must print its table again, and train nothing more."""
     out = copy_of(finished, tmp_path / "copy")

@@ -8,8 +8,9 @@
     python eval.py --benchmark                              speed, see section 6
 
 A method is a way to get a student: train a fresh copy of the base model on something, or take what SOAR has left in a run
-folder. Every student is measured by pass@k on the held-out half of the fail@128 problems. A run folder is a teacher seed; which rows it
-can fill depends on how it was made (--reward learnability: intrinsic-t; --no-promotion: no-promotion; else the others).
+folder. Every student is measured by pass@k on the held-out half of the fail@128 problems. A run folder is a teacher seed;
+which rows it can fill depends on how it was made: --reward learnability: intrinsic-t; --no-promotion: no-promotion; else the
+others.
 
 Contents: 1 Settings, 2 Measures, 3 Run folders, 4 Students, 5 Tables and curves, 6 Benchmark, 7 Main.
 """
@@ -85,7 +86,7 @@ class Settings:
     # --- Fresh students (0: as the data set wants it)
     steps: int = 0  # RLOO steps; 0: 1500, the paper's most; tiny: 200
     warmup: int = 20  # steps of linear warm-up, except in a curriculum (Table 3)
-    mix: str = "auto"  # curriculum = synthetic first, then hard; mixed = both throughout; auto: mixed on harp and olympiad (paper)
+    mix: str = "auto"  # curriculum: synthetic, then hard; mixed: both throughout; auto: mixed on harp and olympiad (paper)
     synthetic_steps: int = 64  # of a curriculum (paper, MATH)
     questions: int = 128  # drawn from a teacher (paper)
     curated: str = ""  # FILE.jsonl of problems for --methods upper
@@ -144,7 +145,7 @@ def chosen_step(rewards: list[float], window: int = 25, flat: float = 0.15) -> i
     steepest. (The paper's "first step" taken literally is step 0 of a curve that starts slowly.) A flat curve: step 0.
 
     >>> chosen_step([float(min(step, 50)) for step in range(100)]), chosen_step([10.0] * 100)   # a rise of 50 steps; none
-    (60, 0)
+    (59, 0)
     """
     if len(rewards) < 2:
         return len(rewards)
@@ -249,8 +250,8 @@ def open_run(folder: Path, config: Config, settings: Settings) -> Run:
     """Load the base model, filter (cached) and split the hard set. Raises UserError."""
     name = settings.dataset or config.dataset
     if name != config.dataset and "tiny" in (name, config.dataset):
-        raise UserError(f"--dataset {name} does not fit the run in {folder}, which is of {config.dataset}: the tiny world's model "
-                        "knows nothing else")
+        raise UserError(f"--dataset {name} does not fit the run in {folder}, which is of {config.dataset}: the tiny world's "
+                        "model knows nothing else")
     policy, pool = soar.prepare(config, Meter())
     dropped = 0
     if name != config.dataset:
@@ -520,12 +521,12 @@ def plot(path: Path, students: dict, runs: list[dict], samples: int) -> None:
     figure, ((curves, topics), (reward, diversity)) = pyplot.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
     for color, (method, results) in zip(pyplot.cm.tab10.colors * 2, students.items()):
         results = sum(results, [])
-        ys = [[100 * np.mean([soar.pass_at_k(samples, c, 1) for c in p["right"]]) for p in result["points"]] for result in results]
+        ys = [[100 / samples * np.mean(p["right"]) for p in result["points"]] for result in results]  # pass@1
         if len(ys[0]) == 1:  # nothing was trained
             curves.axhline(np.mean(ys), color=color, linestyle=":", linewidth=2, label=method)
         else:
-            draw(curves, [[p["step"] / r["points"][-1]["step"] * r["rollouts"] for p in r["points"]] for r in results], ys, color,
-                 label=method)
+            xs = [[p["step"] / r["points"][-1]["step"] * r["rollouts"] for p in r["points"]] for r in results]
+            draw(curves, xs, ys, color, label=method)
     kinds = {"grounded": "tab:blue", "no-promotion": "tab:gray", "learnability": "tab:red"}
     for kind, color in kinds.items():
         group = [run for run in runs if run["kind"] == kind]
@@ -676,8 +677,8 @@ def full_logprobs(model, rollouts: list, temperature: float):
 def benchmark_update(policy: Policy, prompts: list[list[int]], flags: Benchmark, config: Config) -> dict:
     """Trained tokens a second and peak memory (of a CPU process: it can only grow, so the small ones come first)."""
     rng, state, chunked = random.Random(0), soar.adamw_state(policy.model), soar.completion_logprobs
-    rollouts = [soar.Rollout(prompt, [rng.randrange(3, 100) for _ in range(rng.randint(flags.tokens // 4, flags.tokens))], "", False)
-                for prompt in prompts for _ in range(flags.samples)]
+    words = lambda: [rng.randrange(3, 100) for _ in range(rng.randint(flags.tokens // 4, flags.tokens))]
+    rollouts = [soar.Rollout(prompt, words(), "", False) for prompt in prompts for _ in range(flags.samples)]
 
     def update(part, logprobs):
         if policy.model.device.type == "cuda":
@@ -743,13 +744,14 @@ def benchmark(flags: Benchmark) -> None:
     prompts = [policy.student_prompt(problem)[-flags.prompt_tokens:] for problem in problems]
     if flags.model != "tiny":
         end_half_early(policy.model, prompts, flags.tokens)
-    result = {"sampling": benchmark_sampler(policy.model, prompts, flags), "update": benchmark_update(policy, prompts, flags, config)}
+    result = {"sampling": benchmark_sampler(policy.model, prompts, flags),
+              "update": benchmark_update(policy, prompts, flags, config)}
     soar.restore(policy.model, policy.base)
     result["one outer step"] = benchmark_step(policy, hard, config)
     for title, rows in result.items():
         columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-        print("\n" + markdown([[title, *columns]] + [[name, *(f"{row[column]:.3g}" if column in row else "" for column in columns)]
-                                                     for name, row in rows.items()]), flush=True)
+        cells = [[name, *(f"{row[column]:.3g}" if column in row else "" for column in columns)] for name, row in rows.items()]
+        print("\n" + markdown([[title, *columns], *cells]), flush=True)
     if flags.out:
         soar.write_json(Path(flags.out) / "benchmark.json", result | {"flags": dataclasses.asdict(flags)})
 
@@ -768,7 +770,7 @@ def evaluate(folders: list[Path], settings: Settings) -> None:
     wanted, kinds = chosen_methods(settings), {kind_of(config) for config in configs}
     for method in wanted:
         if METHODS[method][1] not in ("any", *kinds) and settings.methods != "all":
-            raise UserError(f"--methods {method} needs a run of the kind {METHODS[method][1]}; the given ones are {', '.join(kinds)}")
+            raise UserError(f"--methods {method} needs a run of the kind {METHODS[method][1]}; given: {', '.join(kinds)}")
     students, questions, runs, seen = {}, {}, [], set()
     for folder, config in zip(folders, configs):
         run = open_run(folder, config, settings)

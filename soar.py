@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import datetime
 import hashlib
@@ -147,7 +148,7 @@ PRESETS = {
 
 
 def config_help(settings: type) -> dict[str, dict[str, str]]:
-    """{section: {field: comment}}, read from the source of a dataclass such as Config, so a comment and its --help never differ."""
+    """{section: {field: comment}}, read from a dataclass's source, so that a comment and its --help never differ."""
     sections, current = {}, None
     for line in inspect.getsource(settings).splitlines():
         if title := re.match(r"\s+# --- (.*)", line):
@@ -818,11 +819,15 @@ def in_turn(jobs: int, work):
         yield from sum(gather([work(first + RANK)] if first + RANK < jobs else []), [])
 
 
-def broadcast(model, source: int) -> None:
-    """All processes get the weights of the live model of process `source`."""
-    if RANKS > 1:
-        for p in model.parameters():
-            dist.broadcast(p.data, source)
+def broadcast(policy: Policy, weights: list | None, source: int) -> list:
+    """The weights that process `source` has, in all of them."""
+    if RANKS == 1:
+        return weights
+    if RANK == source:
+        restore(policy.model, weights)
+    for p in policy.model.parameters():
+        dist.broadcast(p.data, source)
+    return snapshot(policy.model)
 
 
 def by_process_0(function):
@@ -883,7 +888,7 @@ def load_model(path: str, config: Config) -> tuple:
         raise
     except Exception as error:  # missing, gated, offline, truncated: transformers raises all kinds
         if "gated" in str(error):
-            raise UserError(f"the model {path} is gated: accept its licence on the hub and log in, or take an ungated copy") from None
+            raise UserError(f"the model {path} is gated: accept its licence on the hub and log in, or take a copy") from None
         raise UserError(f"the model {path} cannot be loaded ({str(error).strip().splitlines()[0]}); "
                         "give a hub id (needs the network once) or a complete local folder") from None
     assert getattr(model.config, "attention_dropout", 0.0) == 0.0  # else training would not be on-policy
@@ -917,7 +922,7 @@ def load_policy(path: str, config: Config, meter: Meter) -> Policy:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     tiny = config.dataset == "tiny"
     return Policy(
-        model, load_model(path, config)[0] if config.kl else None, tokenizer,
+        model, copy.deepcopy(model) if config.kl else None, tokenizer,
         read_prompt(config.teacher_prompt, TINY_TEACHER_PROMPT if tiny else TEACHER_PROMPT),
         read_prompt(config.student_prompt, TINY_STUDENT_PROMPT if tiny else STUDENT_PROMPT, "{problem}"),
         config.chat, snapshot(model), meter)
@@ -942,9 +947,12 @@ def pick_tokens(logits, temperature: float, greedy: bool, uniforms):
     """
     if greedy:
         return logits.argmax(-1)
-    cdf = (logits.float() / temperature).softmax(-1).cumsum(-1)  # [B, V]
-    target = uniforms[:, None] * cdf[:, -1:]  # [B, 1]; rounding may leave the last entry a little off 1
-    return torch.searchsorted(cdf, target, right=True)[:, 0].clamp_(max=cdf.shape[1] - 1)
+    part, picked = 1 + (1 << 22) // logits.shape[1], []  # rows whose distributions exist at the same time: 16 MB
+    for x, u in zip(logits.split(part), uniforms.split(part)):
+        cdf = (x.float() / temperature).softmax(-1).cumsum(-1)  # [rows, V]
+        target = u[:, None] * cdf[:, -1:]  # [rows, 1]; rounding may leave the last entry a little off 1
+        picked.append(torch.searchsorted(cdf, target, right=True)[:, 0].clamp_(max=cdf.shape[1] - 1))
+    return torch.cat(picked)
 
 
 def row_cache(n: int, length: int):
@@ -978,6 +986,24 @@ def row_cache(n: int, length: int):
     return Cache(layer_class_to_replicate=Layer)
 
 
+def prefill(model, prompts: list[list[int]], n: int, max_new_tokens: int):
+    """Run each prompt once -> (logits [B, V] of the first new token, mask and positions [B, T + max_new_tokens], cache, T).
+
+    B = P * n rows, n for each of the P prompts; T is the longest prompt's length.
+    """
+    P, T, cache = len(prompts), max(map(len, prompts)), row_cache(n, max(map(len, prompts)) + max_new_tokens)
+    # Padded on the LEFT, so that all prompts end in the same column:
+    ids = torch.tensor([[0] * (T - len(prompt)) + prompt for prompt in prompts], device=model.device)  # [P, T]
+    padding = torch.tensor([[T - len(prompt)] for prompt in prompts], device=model.device)  # [P, 1]
+    position = torch.arange(T + max_new_tokens, device=model.device) - padding  # [P, T + max_new_tokens]
+    mask, position = position >= 0, position.clamp(min=0)  # every row's first real token has position 0
+    logits = model(input_ids=ids, attention_mask=mask[:, :T], position_ids=position[:, :T], past_key_values=cache,
+                   use_cache=True, logits_to_keep=1).logits[:, -1]  # [P, V]
+    if not torch.isfinite(logits).all():
+        raise UserError("the model's logits are NaN or infinite: its weights are damaged, or the learning rate was too high")
+    return (*(x.repeat_interleave(n, 0) for x in (logits, mask, position)), cache, T)
+
+
 @torch.inference_mode()
 def generate(model, prompts: list[list[int]], n: int, max_new_tokens: int, temperature: float = 1.0, greedy: bool = False,
              generator: torch.Generator | None = None):
@@ -987,29 +1013,15 @@ def generate(model, prompts: list[list[int]], n: int, max_new_tokens: int, tempe
     of the gradient. Masks are made from lengths, never from `token != pad`, since in many models pad IS EOS.
     """
     assert not model.training, "in train mode with gradient checkpointing, transformers drops the KV cache: wrong tokens"
-    eos = torch.tensor(sorted(eos_ids(model)), device=model.device)
-    P, T, padded = len(prompts), max(map(len, prompts)), len(set(map(len, prompts))) > 1
-    # Padded on the LEFT, so that all prompts end in the same column:
-    ids = torch.tensor([[0] * (T - len(prompt)) + prompt for prompt in prompts], device=model.device)  # [P, T]
-    padding = torch.tensor([[T - len(prompt)] for prompt in prompts], device=model.device)  # [P, 1]
-    position = torch.arange(T + max_new_tokens, device=model.device) - padding  # [P, T + max_new_tokens]
-    mask, position = position >= 0, position.clamp(min=0)  # every row's first real token has position 0
-    # Prefill each prompt once; the cache copies the result to the prompt's n rows.
-    cache = row_cache(n, T + max_new_tokens)
-    logits = model(input_ids=ids, attention_mask=mask[:, :T], position_ids=position[:, :T], past_key_values=cache,
-                   use_cache=True, logits_to_keep=1).logits[:, -1]  # [P, V]
-    if not torch.isfinite(logits).all():
-        raise UserError("the model's logits are NaN or infinite: its weights are damaged, or the learning rate was too high")
-    logits, mask, position = (x.repeat_interleave(n, 0) for x in (logits, mask, position))  # B = P*n rows
-    tokens = torch.zeros(P * n, max_new_tokens, dtype=torch.long, device=model.device)  # [B, max_new_tokens]
-    lengths = torch.full((P * n,), max_new_tokens, device=model.device)  # [B]
-    uniforms = torch.rand(max_new_tokens, P * n, generator=generator).to(model.device)
-    alive = torch.arange(P * n, device=model.device)  # output row of each row that is still in the batch
-    part = 1 + (1 << 22) // logits.shape[1]  # rows whose distributions exist at the same time: 16 MB
+    eos, B = torch.tensor(sorted(eos_ids(model)), device=model.device), len(prompts) * n
+    logits, mask, position, cache, T = prefill(model, prompts, n, max_new_tokens)
+    padded = not mask[:, :T].all()  # without padding, attention needs no mask
+    tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=model.device)  # [B, max_new_tokens]
+    lengths = torch.full((B,), max_new_tokens, device=model.device)  # [B]
+    uniforms = torch.rand(max_new_tokens, B, generator=generator).to(model.device)
+    alive = torch.arange(B, device=model.device)  # output row of each row that is still in the batch
     for t in range(max_new_tokens):
-        u = uniforms[t, alive]
-        token = torch.cat([pick_tokens(logits[i:i + part], temperature, greedy, u[i:i + part])
-                           for i in range(0, len(alive), part)])
+        token = pick_tokens(logits, temperature, greedy, uniforms[t, alive])
         tokens[alive, t] = token
         going = ~torch.isin(token, eos)
         rows = int(going.sum())
@@ -1383,8 +1395,8 @@ def epochs(dataset: list[Problem], steps: int, batch: int, generator) -> list[li
     return [[dataset[i] for i in order[step * batch:(step + 1) * batch]] for step in range(steps)]
 
 
-def train_student(policy: Policy, batches: list[list[Problem]], config: Config, key: tuple, after_step=lambda step, figures: None,
-                  moments: dict | None = None, start: int = 0) -> list[dict]:
+def train_student(policy: Policy, batches: list[list[Problem]], config: Config, key: tuple,
+                  after_step=lambda step, figures: None, moments: dict | None = None, start: int = 0) -> list[dict]:
     """One RLOO step of RLVR on each batch, in place on the live model -> a dict of figures for each step.
 
     `key` names this student; all its luck is a function of it. The optimizer is fresh: its moments live as long as the student.
@@ -1438,7 +1450,7 @@ def propose(policy: Policy, count: int, config: Config, generator) -> tuple[list
     while len(accepted) < count:
         if tried >= 20 * count + 100:
             raise UserError(f"only {len(accepted)} of {tried} of the teacher's completions could be used, {truncated} were cut "
-                            "off; try --chat, more --teacher-tokens, or a --teacher-prompt with examples that ends in <question>; "
+                            "off; try --chat, more --teacher-tokens, or a --teacher-prompt with examples; "
                             f"the last completion began: {rollouts[-1].text[:120]!r}")
         rollouts = sample(policy, [prompt], count - len(accepted), config.teacher_tokens, config, generator)
         tried, truncated = tried + len(rollouts), truncated + sum(r.truncated for r in rollouts)
@@ -1515,9 +1527,8 @@ def grounded_rewards(policy: Policy, datasets: list[list[Problem]], questions: l
                 best, champion = sum(rewards), (k, median_student(rewards))
             kept = {name: weights for name, weights in kept.items() if name[0] > k or name == champion}
     bar.close()
-    restore(policy.model, kept.get(champion, state.baseline))
-    broadcast(policy.model, (champion[0] * config.repeats + champion[1]) % RANKS)  # the process that has trained it
-    champion = (*champion, snapshot(policy.model))
+    trainer = (champion[0] * config.repeats + champion[1]) % RANKS  # the process that has trained it
+    champion = (*champion, broadcast(policy, kept.get(champion), trainer))
     gains = torch.stack(gains).view(len(datasets), config.repeats, -1)  # [K, r, M]
     errors = gains.std(-1, correction=0) / gains.shape[-1] ** 0.5
     figures = {name: float(np.mean([log[name] for log in logs])) for name in logs[0]}
@@ -1715,8 +1726,9 @@ def check_context(policy: Policy, pool: list[Problem], config: Config) -> None:
     context = getattr(policy.model.config, "max_position_embeddings", None) or math.inf
     lengths = [len(policy.student_prompt(problem)) for problem in pool]
     teacher, student = len(policy.teacher_prompt()), len(policy.student_prompt(Problem("", "")))
+    longest = pool[int(np.argmax(lengths))].question
     for what, length, flag in (
-            (f"the problem that begins {pool[int(np.argmax(lengths))].question[:60]!r}", max(lengths) + config.student_tokens, "--student-tokens"),
+            (f"the problem that begins {longest[:60]!r}", max(lengths) + config.student_tokens, "--student-tokens"),
             ("the teacher's prompt", teacher + config.teacher_tokens, "--teacher-tokens"),
             ("a problem of --teacher-tokens", student + config.teacher_tokens + config.student_tokens, "--student-tokens")):
         if length > context:
@@ -1732,7 +1744,7 @@ def print_plan(pool: list[Problem], policy: Policy, config: Config) -> None:
     students = inner + checks if config.reward == "grounded" else K * n * LEARNABILITY_SAMPLES
     filtering, by_teacher, by_students = len(pool) * config.k, config.steps * K * n, config.steps * students
     tokens = (filtering + by_students) * config.student_tokens + by_teacher * config.teacher_tokens
-    print(f"""SOAR on {config.dataset}: {len(pool)} problems, model {config.model}, {policy.model.device}, run folder {config.out}
+    print(f"""SOAR on {config.dataset}: {len(pool)} problems, model {config.model}, {policy.model.device}, folder {config.out}
   filter      keep the problems that the model fails {config.k} times of {config.k}: at most {filtering:,} completions
   outer step  the teacher writes {K} datasets of {n} problems; {config.repeats} students train on each,
               {config.inner_steps} steps of {config.batch} x {config.group} completions: {students:,} student completions
@@ -1745,13 +1757,15 @@ the training did harm. When its moving average exceeds tau, the student is promo
 
 def print_step(row: dict, example: str) -> None:
     best = max(np.mean(rewards) for rewards in row["rewards"])
-    line = (f"step {row['step']:3d}  reward {row['reward']:+.3f}  best dataset {best:+.3f}  moving average {row['average']:+.3f}  "
+    line = (f"step {row['step']:3d}  reward {row['reward']:+.3f}  best dataset {best:+.3f}  "
+            f"moving average {row['average']:+.3f}  "
             f"right in training {row['student']['success']:4.0%}  accepted {row['teacher']['acceptance']:4.0%}  "
             f"{row['cost']['seconds']['all']:.0f} s")
     if promoted := row["promotion"]:
         line += (f"\n          PROMOTION: student {promoted['student']} of dataset {promoted['dataset']} is the new baseline, "
-                 f"{promoted['accuracy']:.1%} greedy on the hard train set.\n          Its problems join the promotion questions. "
-                 "The next rewards drop: they are gains over a better student.")
+                 f"{promoted['accuracy']:.1%} greedy on the hard train set.\n"
+                 "          Its problems join the promotion questions. The next rewards drop: they are gains over a better "
+                 "student.")
     tqdm.write(line + example, file=sys.stdout)
     sys.stdout.flush()
 
@@ -1793,9 +1807,9 @@ def report(policy: Policy, hard_test: list[Problem], state: State, config: Confi
             restore(policy.model, weights)
             accepted, _ = propose(policy, 400, config, seeded(config.seed, "report topics"))
             shares[name] = topic_shares([problem for _, problem in accepted])
-        print("\nThe teacher's problems" + "".join(f"{topic:>11}" for topic in shares["at the start"]))
+        print("\nThe teacher's problems" + "".join(f"{topic:>13}" for topic in shares["at the start"]))
         for name, row in shares.items():
-            print(f"{name:22}" + "".join(f"{value:11.0%}" for value in row.values()))
+            print(f"{name:22}" + "".join(f"{value:13.0%}" for value in row.values()))
     print(f"\n{state.promotions} promotion(s), {len(state.promotion_questions)} promotion questions; see {config.out}/")
     write_json(Path(config.out) / "report.json", {"students": students, "topics": shares, "promotions": state.promotions})
 
@@ -1872,8 +1886,8 @@ def guarded(program: str, work, meter: Meter, again: list[str]) -> int:
         if type(error) is RuntimeError and "allocate memory" not in str(error):  # so PyTorch says it on a CPU
             raise
         lower = {"sampling": "lower --sample-rows", "training": "lower --micro-tokens or add --checkpointing"}
-        print(f"{program}: out of memory while {meter.current}; {lower.get(meter.current, 'take a smaller --model')} and go on with: "
-              f"{shlex.join(again)}", file=sys.stderr)
+        advice = lower.get(meter.current, "take a smaller --model")
+        print(f"{program}: out of memory while {meter.current}; {advice} and go on with: {shlex.join(again)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{program}: interrupted; all complete steps are saved, continue with: {shlex.join(again)}", file=sys.stderr)

@@ -1632,7 +1632,7 @@ def test_nan_in_mid_run(toy, finished, tmp_path, capsys):
 @pytest.mark.parametrize("rewards, step", [
     ([], 0), ([10.0], 1), ([10.0] * 300, 0), ([float(s) for s in range(100)], 100),  # never flat: the last step
     ([0.0] * 100 + [float(s) for s in range(50)] + [50.0] * 100, 160),  # a slow start is not the end
-    ([100.0 * (s >= 50) for s in range(120)], 62), ([float(s) for s in range(60)] + [30.0] * 60, 48)])  # centred: sees the drop coming
+    ([100.0 * (s >= 50) for s in range(120)], 62), ([float(s) for s in range(60)] + [30.0] * 60, 48)])
 def test_chosen_step(rewards, step):
     """The paper's rule taken literally stops before a curve has started; an unsmoothed one stops at the first bump."""
     assert abs(eval_.chosen_step(rewards) - step) <= 2
@@ -1799,10 +1799,10 @@ def test_an_interrupted_student_goes_on(tiny_runs, tmp_path, monkeypatch, capsys
     assert part["methods"] == whole["methods"] and len(steps) == 4 + 2  # measured after 2 of 4 steps
 
 
-def test_transfer_leaves_out_known_problems(finished, toy, tmp_path, capsys):
+def test_transfer_leaves_out_known_problems(finished, tmp_path, capsys):
     """Problems of the other set that SOAR has trained on must not count as transfer, however they are spaced."""
     run, other = copy_of(finished, tmp_path / "run"), tmp_path / "other.jsonl"
-    known = soar.read_jsonl(toy[1])[:3]
+    known = eval_.open_run(run, eval_.read_config(run, eval_.Settings()), eval_.Settings()).train[:3]
     new = [Problem(soar.worksheet([f"{x}*9", f"{x}*8", f"{x}*7"]), "a= 1 ,b= 1 ,c= 1") for x in range(4, 10)]
     spaced = [Problem(problem.question.replace(" ", "  "), problem.answer) for problem in known]
     other.write_text("".join(json.dumps(vars(problem)) + "\n" for problem in spaced + new))

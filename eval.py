@@ -39,9 +39,7 @@ from tqdm import tqdm
 import soar
 from soar import RIGHT, Config, Meter, Policy, Problem, UserError
 
-# ======================================================================================================================
-# 1. Settings: which rows, how many students, how long?
-# ======================================================================================================================
+# ======== 1. Settings: which rows, how many students, how long? =======================================================
 
 # name: (what it is, the kind of run that it needs; "any": of runs with the same hard set only the first is asked)
 METHODS = {
@@ -133,9 +131,7 @@ def chosen_methods(settings: Settings) -> list[str]:
     return list(METHODS) if settings.methods == "all" else [name.strip() for name in settings.methods.split(",")]
 
 
-# ======================================================================================================================
-# 2. Measures: what is one number, and how far may it be off?
-# ======================================================================================================================
+# ======== 2. Measures: what is one number, and how far may it be off? =================================================
 
 
 def chosen_step(rewards: list[float], window: int = 25, flat: float = 0.15) -> int:
@@ -205,9 +201,7 @@ def majority_agrees(boxes: list[str | None], answer: str) -> bool:
     return bool(votes) and soar.answers_equal(votes[int(np.argmax(support))], answer)
 
 
-# ======================================================================================================================
-# 3. Run folders: what has SOAR left there?
-# ======================================================================================================================
+# ======== 3. Run folders: what has SOAR left there? ===================================================================
 
 
 @dataclass
@@ -292,6 +286,15 @@ def saved_weights(run: Run, name: str) -> list[torch.Tensor]:
     return soar.snapshot(soar.load_model(str(folder), run.config)[0])
 
 
+def remembered(run: Run, name: str, depends_on: tuple, work):
+    """work(path), made once: kept in the run folder's eval/, under a name made of all that the result depends on."""
+    path = run.folder / "eval" / f"{name}-{soar.fingerprint(run.report, *depends_on)}.json"
+    path.parent.mkdir(exist_ok=True)
+    if not path.exists():
+        soar.write_json(path, work(path))
+    return json.loads(path.read_text())
+
+
 def questions_for(run: Run, method: str, settings: Settings, seed: int) -> list[Problem]:
     """The synthetic problems of a method; none for hard-only. Raises UserError."""
     if method.startswith("pq"):
@@ -304,16 +307,19 @@ def questions_for(run: Run, method: str, settings: Settings, seed: int) -> list[
             raise UserError("--methods upper needs curated problems: --curated FILE.jsonl")
         facts = [f"{x}*{y}" for x in range(4, 10) for y in range(4, 10)]
         return [Problem(soar.worksheet([fact]), soar.worksheet([int(fact[0]) * int(fact[2])])) for fact in facts]
-    if method in ("grounded-t", "no-promotion", "intrinsic-t", "base-t"):
+
+    def ask_teacher(path):
         soar.restore(run.policy.model, run.policy.base if method == "base-t" else saved_weights(run, "teacher"))
         generator = soar.seeded(run.config.seed, "eval questions", method, seed)
-        return [problem for _, problem in soar.propose(run.policy, settings.questions, run.config, generator)[0]]
+        return [vars(problem) for _, problem in soar.propose(run.policy, settings.questions, run.config, generator)[0]]
+
+    if method in ("grounded-t", "no-promotion", "intrinsic-t", "base-t"):
+        asked = remembered(run, f"questions-{method}-{seed}", (settings.questions,), ask_teacher)
+        return [Problem(**problem) for problem in asked]
     return []
 
 
-# ======================================================================================================================
-# 4. Students: train one, measure it, remember it
-# ======================================================================================================================
+# ======== 4. Students: train one, measure it, remember it =============================================================
 
 
 @torch.inference_mode()
@@ -329,15 +335,6 @@ def embed(run: Run, settings: Settings, problems: list[Problem]) -> np.ndarray:
         ids = torch.tensor([tokenizer(problem.question).input_ids], device=model.device)  # [1, T]
         rows.append(model.base_model(input_ids=ids).last_hidden_state[0].float().mean(0).cpu().numpy())  # [D]
     return np.stack(rows)
-
-
-def remembered(run: Run, name: str, depends_on: tuple, work) -> dict:
-    """work(path), made once: kept in the run folder's eval/, under a name made of all that the result depends on."""
-    path = run.folder / "eval" / f"{name}-{soar.fingerprint(run.report, *depends_on)}.json"
-    path.parent.mkdir(exist_ok=True)
-    if not path.exists():
-        soar.write_json(path, work(path))
-    return json.loads(path.read_text())
 
 
 def measure(run: Run, settings: Settings, key: tuple) -> list[int]:
@@ -434,7 +431,7 @@ def about_questions(run: Run, method: str, settings: Settings) -> dict:
         agree = [majority_agrees(boxes[i * n:(i + 1) * n], problem.answer) for i, problem in enumerate(problems)]
         return about | {"agrees with the base model's majority vote": float(np.mean(agree))}
 
-    return remembered(run, f"questions-{method}", (problems, settings.embedder, settings.samples), work) if problems else {}
+    return remembered(run, f"about-{method}", (problems, settings.embedder, settings.samples), work) if problems else {}
 
 
 def diversity_curve(run: Run, settings: Settings) -> dict:
@@ -449,9 +446,7 @@ def diversity_curve(run: Run, settings: Settings) -> dict:
     return remembered(run, "diversity", (settings.embedder,), work)
 
 
-# ======================================================================================================================
-# 5. Tables and curves
-# ======================================================================================================================
+# ======== 5. Tables and curves ========================================================================================
 
 
 def rates(result: dict, dataset: str, samples: int, last: bool) -> dict[int, np.ndarray]:
@@ -466,12 +461,15 @@ def rates(result: dict, dataset: str, samples: int, last: bool) -> dict[int, np.
 
 
 def summary(results: list[list[dict]], dataset: str, samples: int) -> dict:
-    """[R][N] students of one method -> {"pass@k": mean, sd, n, interval; and the same of the last step under "last"}."""
+    """[R][N] students of one method -> {"pass@k": mean, sd, n, interval; the same of the last step under "last"; curves}."""
     chosen, final = ([[rates(result, dataset, samples, last) for result in row] for row in results] for last in (False, True))
     both = [{f"pass@{k}": nested([[v[k].mean() for v in row] for row in values])
              | {"interval": bootstrap([np.mean([v[k] for v in row], 0) for row in values])} for k in KS}
             for values in (chosen, final)]
-    return both[0] | {"last": both[1], "rollouts": max(result["rollouts"] for row in results for result in row)}
+    flat = sum(results, [])
+    mean = lambda p, k: float(np.mean([soar.pass_at_k(samples, c, k) for c in p["right"]]))
+    curves = [[{"step": p["step"]} | {f"pass@{k}": mean(p, k) for k in KS} for p in result["points"]] for result in flat]
+    return both[0] | {"last": both[1], "rollouts": max(result["rollouts"] for result in flat), "curves": curves}
 
 
 def methods_table(methods: dict, dataset: str) -> list[list[str]]:
@@ -556,9 +554,7 @@ def plot(path: Path, students: dict, runs: list[dict], samples: int) -> None:
     figure.savefig(path, dpi=110)
 
 
-# ======================================================================================================================
-# 6. Benchmark: where does the time go, and is our sampler worth its lines?
-# ======================================================================================================================
+# ======== 6. Benchmark: where does the time go, and is our sampler worth its lines? ===================================
 
 SHAPES = {  # vocabulary, width, MLP width, layers, heads, key/value heads of Qwen2.5-0.5B and -1.5B and of Llama-3.2-3B
     "random-0.5b": ("Qwen2Config", 151936, 896, 4864, 24, 14, 2), "random-1.5b": ("Qwen2Config", 151936, 1536, 8960, 28, 12, 2),
@@ -756,9 +752,7 @@ def benchmark(flags: Benchmark) -> None:
         soar.write_json(Path(flags.out) / "benchmark.json", result | {"flags": dataclasses.asdict(flags)})
 
 
-# ======================================================================================================================
-# 7. Main
-# ======================================================================================================================
+# ======== 7. Main =====================================================================================================
 
 
 def evaluate(folders: list[Path], settings: Settings) -> None:

@@ -23,8 +23,8 @@ What to type (times: README.md):
     torchrun --nproc_per_node=8 -- soar.py ...  the same on 8 GPUs, which share the students of a step and the filter
     python soar.py --help                       every knob, its default and where the default comes from
 
-Simplified from the paper: one process and one live model, in which teacher and students take turns, instead of 32 GPUs; one
-update a batch, so exactly on-policy, with no importance ratio and no clipping of it.
+Simplified from the paper: one live model a process, in which teacher and students take turns; one update a batch, so exactly
+on-policy, with no importance ratio and no clipping of it.
 
 Contents: 1 Config, 2 Verifier, 3 Problems, 4 The tiny world, 5 Policy, 6 Sampler, 7 The hard set, 8 Optimizer, 9 RLOO,
 10 The tiny world's base model, 11 Inner loop, 12 Teacher, 13 Reward and promotion, 14 The run folder, 15 Outer loop, 16 Main.
@@ -68,9 +68,7 @@ class UserError(Exception):
     """Something the user can mend: main() prints its one sentence and exits with code 2."""
 
 
-# ======================================================================================================================
-# 1. Config: which knobs are there, and what did the paper set them to?
-# ======================================================================================================================
+# ======== 1. Config: which knobs are there, and what did the paper set them to? =======================================
 
 
 @dataclass
@@ -232,9 +230,7 @@ def seeded(*key, device="cpu") -> torch.Generator:
     return torch.Generator(device).manual_seed(int(fingerprint(*key), 16) >> 1)
 
 
-# ======================================================================================================================
-# 2. Verifier: when is an answer right?
-# ======================================================================================================================
+# ======== 2. Verifier: when is an answer right? =======================================================================
 
 # A model wrote the text, so it is never run as code: a hand-written reader with a whitelist of names turns it into numbers,
 # and every size is capped BEFORE it is built. A verdict depends on the two texts alone, not on a clock or a random number:
@@ -576,9 +572,7 @@ def answers_equal(prediction: str, gold: str) -> bool:
         return False
 
 
-# ======================================================================================================================
-# 3. Problems: where do the real ones come from?
-# ======================================================================================================================
+# ======== 3. Problems: where do the real ones come from? ==============================================================
 
 
 @dataclass(frozen=True)
@@ -636,9 +630,7 @@ def load_problems(dataset: str) -> list[Problem]:
     return [Problem(question, re.sub(r"(?<!\\)\$", "", answer)) for question, answer in pairs if answer]
 
 
-# ======================================================================================================================
-# 4. The tiny world: what is the smallest world in which all this happens?
-# ======================================================================================================================
+# ======== 4. The tiny world: what is the smallest world in which all this happens? ====================================
 
 # A language model has read two kinds of text. Forum posts, where people solve worksheets and share the same misconceptions:
 # "everybody knows" that 7*8 is 54. Textbooks, where exercises come with answer keys that are mostly right. So the model solves
@@ -747,9 +739,7 @@ def topic_shares(problems: list[Problem]) -> dict[str, float]:
     return {topic: counts[topic] / len(problems) for topic in (*TOPICS, "other")}
 
 
-# ======================================================================================================================
-# 5. Policy: what is it that plays the teacher and the students?
-# ======================================================================================================================
+# ======== 5. Policy: what is it that plays the teacher and the students? ==============================================
 # One letter a dimension, from here to the end: B sequences, G completions of one prompt (an RLOO group), T tokens,
 # D hidden size, V vocabulary.
 
@@ -928,9 +918,7 @@ def load_policy(path: str, config: Config, meter: Meter) -> Policy:
         config.chat, snapshot(model), meter)
 
 
-# ======================================================================================================================
-# 6. Sampler: how are completions drawn, fast, and from exactly the policy that is trained?
-# ======================================================================================================================
+# ======== 6. Sampler: how are completions drawn, fast, and from exactly the policy that is trained? ===================
 
 
 def eos_ids(model) -> set[int]:
@@ -1084,9 +1072,7 @@ def greedy_right(policy: Policy, problems: list[Problem], config: Config):
     return (solve(policy, problems, 1, config, greedy=True)[1] == RIGHT).double()
 
 
-# ======================================================================================================================
-# 7. The hard set: which problems does the base model never solve?
-# ======================================================================================================================
+# ======== 7. The hard set: which problems does the base model never solve? ============================================
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -1163,9 +1149,7 @@ def split_hard(problems: list[Problem], config: Config) -> tuple[list[Problem], 
     return [problems[i] for i in order[:len(order) // 2]], [problems[i] for i in order[len(order) // 2:]]
 
 
-# ======================================================================================================================
-# 8. Optimizer: how do steps of 1e-5 reach bfloat16 weights?
-# ======================================================================================================================
+# ======== 8. Optimizer: how do steps of 1e-5 reach bfloat16 weights? ==================================================
 # AdamW, all weights, float32 moments. bfloat16 has 8 significant bits: near 0.02 its values are 1e-4 apart, so a step of
 # 1e-5 is rounded away five times of six, and SOAR measures the effect of ten such steps. Stochastic rounding moves
 # the weight by a whole spacing with probability 1e-5 / 1e-4: right on average, at no extra memory (12 bytes a weight in all;
@@ -1222,9 +1206,7 @@ def learning_rate(peak: float, step: int, total: int, warmup: int) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
 
 
-# ======================================================================================================================
-# 9. RLOO: which way do rewards push the weights?
-# ======================================================================================================================
+# ======== 9. RLOO: which way do rewards push the weights? =============================================================
 
 
 def rloo_advantages(rewards, group_size: int):
@@ -1312,9 +1294,7 @@ def policy_update(policy: Policy, rollouts: list[Rollout], advantages, state: di
         return {"grad_norm": adamw_step(policy.model, state, lr, config, generator), "kl": float(np.mean(kls or [0.0]))}
 
 
-# ======================================================================================================================
-# 10. The tiny world's base model: where does a model with latent knowledge come from?
-# ======================================================================================================================
+# ======== 10. The tiny world's base model: where does a model with latent knowledge come from? ========================
 
 VOCABULARY = ["<pad>", "<eos>", "<unk>", "User:", "Assistant:", "Teacher:", "<question>", "</question>", "<answer>",
               "</answer>", "\\boxed{", "}", *LABELS, *map(str, range(100)),
@@ -1382,9 +1362,7 @@ def tiny_base_model(config: Config) -> str:
     return str(folder)
 
 
-# ======================================================================================================================
-# 11. Inner loop: what does a student do with a dataset?
-# ======================================================================================================================
+# ======== 11. Inner loop: what does a student do with a dataset? ======================================================
 
 
 def epochs(dataset: list[Problem], steps: int, batch: int, generator) -> list[list[Problem]]:
@@ -1418,9 +1396,7 @@ def train_student(policy: Policy, batches: list[list[Problem]], config: Config, 
     return log
 
 
-# ======================================================================================================================
-# 12. Teacher: how does a problem get accepted, and why is throwing the others away no bias?
-# ======================================================================================================================
+# ======== 12. Teacher: how does a problem get accepted, and why is throwing the others away no bias? ==================
 
 
 def parse_problem(text: str) -> Problem | None:
@@ -1459,9 +1435,7 @@ def propose(policy: Policy, count: int, config: Config, generator) -> tuple[list
                       "length": float(np.mean([len(r.completion) for r, _ in accepted]))}
 
 
-# ======================================================================================================================
-# 13. Reward and promotion: what is the teacher paid for, and when does the student keep what it learnt?
-# ======================================================================================================================
+# ======== 13. Reward and promotion: what is the teacher paid for, and when does the student keep what it learnt? ======
 
 
 @dataclass
@@ -1552,9 +1526,7 @@ def learnability_rewards(policy: Policy, datasets: list[list[Problem]], state: S
     return values.mean(1, keepdim=True), errors, None, {"success": rates.mean().item()}
 
 
-# ======================================================================================================================
-# 14. The run folder: how does a run survive being killed?
-# ======================================================================================================================
+# ======== 14. The run folder: how does a run survive being killed? ====================================================
 # A step writes, in this order: student/ (at a promotion), lines in log.jsonl and questions.jsonl, the checkpoint. A run that is
 # killed in between repeats the step from the last checkpoint and, all randomness being a function of (seed, step), writes the
 # same again; lines of steps after the checkpoint are dropped first.
@@ -1646,9 +1618,7 @@ def peak_memory_gb(device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
 
-# ======================================================================================================================
-# 15. Outer loop: Algorithm 1
-# ======================================================================================================================
+# ======== 15. Outer loop: Algorithm 1 =================================================================================
 
 
 def promote(policy: Policy, champion: tuple, datasets, hard_train: list[Problem], state: State, config: Config) -> dict:
@@ -1716,9 +1686,7 @@ def outer_step(policy: Policy, hard_train: list[Problem], state: State, config: 
     return row, [{"step": t, "dataset": i // n, "reward": R[i // n].item(), **vars(p)} for i, p in enumerate(problems)]
 
 
-# ======================================================================================================================
-# 16. Main: what does a person see?
-# ======================================================================================================================
+# ======== 16. Main: what does a person see? ===========================================================================
 
 
 def check_context(policy: Policy, pool: list[Problem], config: Config) -> None:
@@ -1764,8 +1732,7 @@ def print_step(row: dict, example: str) -> None:
     if promoted := row["promotion"]:
         line += (f"\n          PROMOTION: student {promoted['student']} of dataset {promoted['dataset']} is the new baseline, "
                  f"{promoted['accuracy']:.1%} greedy on the hard train set.\n"
-                 "          Its problems join the promotion questions. The next rewards drop: they are gains over a better "
-                 "student.")
+                 "          Its problems join the promotion questions. From now on rewards are gains over this better student.")
     tqdm.write(line + example, file=sys.stdout)
     sys.stdout.flush()
 

@@ -4,6 +4,7 @@ They need no network and no GPU, and write to pytest's temporary folder only. Th
 once for all tests. The last test needs a real pretrained model: it is skipped unless the environment variable
 SOAR_REAL_MODEL names the folder of one.
 """
+import argparse
 import copy
 import dataclasses
 import doctest
@@ -12,6 +13,8 @@ import json
 import math
 import os
 import random
+import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -1754,9 +1757,12 @@ def test_every_method(tiny_runs, tmp_path, monkeypatch, capsys):
     assert about["well-posed"]["mean"] == pytest.approx(sum(w for w, _ in judged) / len(judged))
     assert (tmp_path / "out" / "eval.md").read_text().strip() in screen
     kept = sorted(path.name for name in runs for path in (runs[name] / "eval").iterdir())
-    assert len([name for name in kept if not name.startswith("questions-")]) == 2 * len(eval_.METHODS) and "pt" not in str(kept)
-    monkeypatch.setattr(soar, "train_student", None)
-    monkeypatch.setattr(eval_, "measure", None)
+    students = [name for name in kept if not name.startswith(("questions-", "about-"))]
+    assert len(students) == 2 * len(eval_.METHODS) and not any(name.endswith((".pt", ".tmp")) for name in kept)
+    curve = result["methods"]["pq"]["curves"][1]
+    assert [point["step"] for point in curve] == [0, 2, 4] and curve[-1]["pass@32"] >= curve[-1]["pass@1"]
+    for module, name in ((soar, "train_student"), (soar, "propose"), (eval_, "measure"), (eval_, "embed")):
+        monkeypatch.setattr(module, name, None)
     again = evaluated(runs.values(), tmp_path / "out", "--methods", "all", "--seeds", "2")
     assert again == result
 
@@ -1862,6 +1868,47 @@ def test_eval_settings_have_help():
     """A flag without a comment, or one that --help does not show."""
     helped = [name for entries in soar.config_help(eval_.Settings).values() for name in entries]
     assert helped == [field.name for field in dataclasses.fields(eval_.Settings)]
+
+
+# ======================================================================================================================
+# README
+# ======================================================================================================================
+
+README = (ROOT / "README.md").read_text()
+EXERCISES = README.split("## Exercises")[1].split("\n## ")[0]
+
+
+@pytest.mark.parametrize("line", sorted(set(re.findall(r"python (?:soar|eval)\.py[^\n`|#]*", README))))
+def test_commands_in_the_readme(line):
+    """A flag that was renamed, or a value that is refused."""
+    _, program, *argv = shlex.split(line.replace("$s", "0"))
+    if "--benchmark" in argv:
+        argv = [re.sub(r"[|].*|\[|\]", "", word) for word in argv]
+        soar.parse_flags(argparse.ArgumentParser(), eval_.Benchmark, argv)
+    elif program == "soar.py":
+        if "--help" not in argv:
+            soar.parse_config(argv)
+    else:
+        eval_.parse_settings([word for word in argv if word != "--plot"])
+
+
+@pytest.mark.parametrize("pattern", sorted(set(re.findall(r'pytest -k "?([\w ]+)"?', EXERCISES))))
+def test_exercises_select_tests(pattern, request):
+    """A test that an exercise speaks of and that is gone."""
+    names = [name for name in globals() if name.startswith("test_")]
+    for word in pattern.split(" or "):
+        assert any(word in name for name in names), word
+
+
+def test_exercises_start_at_what_is_there():
+    """Functions, constants, flags and tests that the exercises name."""
+    known = set(dir(soar)) | set(dir(eval_)) | set(dir(soar.Config)) | set(globals()) | set(eval_.METHODS)
+    known |= {"new", "rewards", "products", "sums", "ambiguous", "assert_close", "success", "pi_0", "promotion"}  # ordinary words
+    names = set(re.findall(r"`(\w+)`", EXERCISES))
+    assert len(names) >= 15 and not names - known, names - known
+    flags = {field.name for cls in (soar.Config, eval_.Settings) for field in dataclasses.fields(cls)}
+    assert {name.removeprefix("no-").replace("-", "_") for name in re.findall(r"`--([\w-]+)", EXERCISES)} <= flags
+    assert 8 <= len(re.findall(r"^\d+\. \*\*", EXERCISES, re.M)) <= 10
 
 
 # ======================================================================================================================

@@ -46,6 +46,7 @@ METHODS = {
     "base": ("the base model", "any"),
     "hard-only": ("a fresh student on the hard train set", "any"),
     "hard-only-4x": ("the same with groups four times as large", "any"),
+    "hard-only-equal": ("the same with as many completions as all students of the run together", "any"),
     "ps": ("the promoted student as it is", "grounded"),
     "pq": ("a fresh student on the promotion questions and the hard train set", "grounded"),
     "pq-well-posed": ("PQ with the well-posed promotion questions only (tiny world)", "grounded"),
@@ -88,7 +89,6 @@ class Settings:
     synthetic_steps: int = 64  # of a curriculum (paper, MATH)
     questions: int = 128  # drawn from a teacher (paper)
     curated: str = ""  # FILE.jsonl of problems for --methods upper
-    equal_rollouts: bool = False  # hard-only gets as many completions as all students of the run together; always in tiny
     # --- Diversity
     embedder: str = ""  # hub id or folder of the model whose hidden states compare questions; empty: the base model
     # --- Output
@@ -350,7 +350,7 @@ def schedule(run: Run, method: str, synthetic: list[Problem], settings: Settings
         mix = "mixed" if config.dataset in ("harp", "olympiad") else "curriculum"
     group = config.group * (4 if method == "hard-only-4x" else 1)
     steps = settings.steps or (200 if run.tiny else 1500)
-    if method.startswith("hard-only") and (settings.equal_rollouts or run.tiny):
+    if method == "hard-only-equal":
         steps = math.ceil(student_rollouts(run) / (config.batch * group))
     order = soar.seeded(*key, "order")
     if synthetic and mix == "curriculum":
@@ -365,7 +365,7 @@ def schedule(run: Run, method: str, synthetic: list[Problem], settings: Settings
 
 def student(run: Run, method: str, seed: int, settings: Settings) -> dict:
     """One student of a method -> {"points": [{"step", "right" [problems]}], "reward" [S], "rollouts" (spent on training)}."""
-    policy, key = run.policy, ("eval", run.config.seed, method, seed)
+    policy, key = run.policy, ("eval", run.config.seed, method.removesuffix("-equal"), seed)
     synthetic, saved = questions_for(run, method, settings, seed), {"ps": "student", "solver": "teacher"}.get(method)
     trains = method != "base" and not saved
     batches, config = schedule(run, method, synthetic, settings, key) if trains else ([], run.config)

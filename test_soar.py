@@ -1747,9 +1747,9 @@ def test_every_method(tiny_runs, tmp_path, monkeypatch, capsys):
         assert entry["rollouts"] == (0 if name in ("base", "ps", "solver") else entry["rollouts"]) and f"| {name} " in screen
     rollouts = 2 * (2 * 2 * 16 + 3 * 4)  # students of two outer steps
     assert result["runs"][0]["rollouts"] == rollouts
-    assert result["methods"]["hard-only"]["rollouts"] == math.ceil(rollouts / 16) * 16
-    assert result["methods"]["hard-only-4x"]["rollouts"] == math.ceil(rollouts / 64) * 64
-    assert result["methods"]["pq"]["rollouts"] == 4 * 16
+    assert result["methods"]["hard-only-equal"]["rollouts"] == math.ceil(rollouts / 16) * 16
+    assert result["methods"]["hard-only-4x"]["rollouts"] == 4 * 64
+    assert result["methods"]["pq"]["rollouts"] == result["methods"]["hard-only"]["rollouts"] == 4 * 16
     about = result["questions"]["pq"]
     lines = (runs["grounded"] / "promotion_questions.jsonl").read_text().splitlines()
     assert about["questions"]["mean"] == len(lines) and 1 <= about["vendi"]["mean"] <= len(lines)

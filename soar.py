@@ -640,8 +640,9 @@ def load_problems(dataset: str) -> list[Problem]:
 #     Teacher: <question> a= 7*8 </question> <answer> \boxed{ a= 56 } </answer>                    a textbook exercise
 #
 # A hard problem is a sheet of five products that the crowd has all wrong. The model gets one right with probability 0.05, five
-# with 0.05^5 = 3e-7: the 400,000 or so attempts of a whole run would see 0.1 successes. Short sheets do get rewards, and
-# what is learnt there carries over, because it is one switch for all facts: from the crowd's voice to the textbook's.
+# with 0.05^5 = 3e-7: the 500,000 or so attempts of a whole run would see 0.1 successes. (As long as nothing is learnt on the way:
+# see Hard-Only in the README.) Short sheets do get rewards, and what is learnt there carries over, because it is one switch for
+# all facts: from the crowd's voice to the textbook's.
 #
 # A textbook chapter is on products, on sums (which the student knows: nothing to learn), or ambiguous: `x*8` with a key for
 # some x (no way to learn). It is the teacher's business to find out which of them help.

@@ -545,6 +545,7 @@ def plot(path: Path, students: dict, runs: list[dict], samples: int) -> None:
     budget = "completions sampled by students"
     curves.set(title="Students during their training", xlabel=budget, ylabel="pass@1 on the hard test set, %")
     curves.set_xscale("symlog", linthresh=1000)
+    curves.set_xticks([0, 1e3, 1e4, 1e5])
     topics.set(title="What the teachers write", xlabel=budget, ylabel="% of the problems", ylim=0)
     reward.set(title="The teacher's reward, and promotions (triangles)", xlabel=budget, ylabel="mean R")
     diversity.set(title="Diversity of a step's questions", xlabel=budget, ylabel="Vendi score")

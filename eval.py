@@ -103,7 +103,7 @@ class Settings:
 
 def parse_settings(argv: list[str]) -> tuple[list[str], Settings]:
     """Command line -> (run folders, Settings). Raises UserError."""
-    methods = "\n".join(f"  {name:14}{what}" for name, (what, _) in METHODS.items())
+    methods = "\n".join(f"  {name:16}{what}" for name, (what, _) in METHODS.items())
     parser = argparse.ArgumentParser(
         usage="python eval.py RUN [RUN ...] [flags], or python eval.py --benchmark [flags]", allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, description=f"{__doc__.splitlines()[0]}\nMethods:\n{methods}")

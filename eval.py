@@ -37,7 +37,7 @@ import torch
 from tqdm import tqdm
 
 import soar
-from soar import RIGHT, Config, Meter, Policy, Problem, UserError
+from soar import KS, RIGHT, Config, Meter, Policy, Problem, UserError
 
 # ======== 1. Settings: which rows, how many students, how long? =======================================================
 
@@ -58,7 +58,6 @@ METHODS = {
     "upper": ("the same with curated problems: --curated, or right answers to easy sheets in the tiny world", "any"),
     "solver": ("the trained teacher as a solver", "grounded"),
 }
-KS = (1, 4, 8, 16, 32)
 # Percent, pass@1, 4, 8, 16, 32 (paper, Tables 1 and 4-6); printed in brackets beside ours.
 PAPER = {
     "math": {"base": (0.3, 1.0, 2.0, 3.9, 7.5), "hard-only": (0.5, 1.7, 3.2, 5.7, 9.6),
@@ -208,7 +207,6 @@ def majority_agrees(boxes: list[str | None], answer: str) -> bool:
 class Run:
     folder: Path
     config: Config
-    kind: str  # grounded, no-promotion or learnability
     policy: Policy
     train: list[Problem]  # hard
     test: list[Problem]
@@ -216,6 +214,10 @@ class Run:
     report: str  # text of report.json
     promotion_questions: list[Problem]
     dropped: int  # test problems that are also in the run's own pool
+
+    @property
+    def kind(self) -> str:
+        return kind_of(self.config)
 
     @property
     def tiny(self) -> bool:
@@ -237,6 +239,7 @@ def read_config(folder: Path, settings: Settings) -> Config:
 
 
 def kind_of(config: Config) -> str:
+    """grounded, no-promotion or learnability."""
     return "learnability" if config.reward == "learnability" else "grounded" if config.promotion else "no-promotion"
 
 
@@ -257,9 +260,9 @@ def open_run(folder: Path, config: Config, settings: Settings) -> Run:
         soar.check_context(policy, pool, config)
     train, test = soar.split_hard(soar.hard_problems(policy, pool, config), config)
     lines = folder / "promotion_questions.jsonl"
-    questions = [Problem(**json.loads(line)) for line in lines.read_text().splitlines()] if lines.exists() else []
+    questions = soar.read_jsonl(str(lines)) if lines.exists() else []
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return Run(folder, dataclasses.replace(config, dataset=name), kind_of(config), policy, train, test, log,
+    return Run(folder, dataclasses.replace(config, dataset=name), policy, train, test, log,
                (folder / "report.json").read_text(), questions, dropped)
 
 
@@ -339,8 +342,7 @@ def embed(run: Run, settings: Settings, problems: list[Problem]) -> np.ndarray:
 
 def measure(run: Run, settings: Settings, key: tuple) -> list[int]:
     """Right answers of the live model among --samples at each test problem -> [problems]."""
-    rewards = soar.solve(run.policy, run.test, settings.samples, run.config, soar.seeded(*key, "measure"))[1]
-    return (rewards.view(-1, settings.samples) == RIGHT).sum(1).tolist()
+    return soar.right_counts(run.policy, run.test, settings.samples, run.config, soar.seeded(*key, "measure"))
 
 
 def schedule(run: Run, method: str, synthetic: list[Problem], settings: Settings, key: tuple) -> tuple[list, Config]:
@@ -436,12 +438,12 @@ def about_questions(run: Run, method: str, settings: Settings) -> dict:
 
 def diversity_curve(run: Run, settings: Settings) -> dict:
     """Vendi score of (at most) the first 128 questions of some 20 outer steps -> {"step": [...], "vendi": [...]}."""
-    rows = [json.loads(line) for line in (run.folder / "questions.jsonl").read_text().splitlines()]
-
     def work(path):
+        rows = [json.loads(line) for line in (run.folder / "questions.jsonl").read_text().splitlines()]
         steps = list(range(0, run.config.steps, math.ceil(run.config.steps / 20)))
         asked = [[Problem(row["question"], "") for row in rows if row["step"] == step][:128] for step in steps]
-        return {"step": steps, "vendi": [vendi(embed(run, settings, problems)) for problems in asked]}
+        parts = np.split(embed(run, settings, sum(asked, [])), np.cumsum([len(problems) for problems in asked])[:-1])
+        return {"step": steps, "vendi": [vendi(part) for part in parts]}
 
     return remembered(run, "diversity", (settings.embedder,), work)
 
@@ -769,18 +771,18 @@ def evaluate(folders: list[Path], settings: Settings) -> None:
     students, questions, runs, seen = {}, {}, [], set()
     for folder, config in zip(folders, configs):
         run = open_run(folder, config, settings)
-        task = soar.fingerprint(run.train, run.test, config.model)
+        task, rollouts = soar.fingerprint(run.train, run.test, config.model), student_rollouts(run)
         mine = [m for m in wanted if METHODS[m][1] == run.kind or METHODS[m][1] == "any" and task not in seen]
         seen.add(task)
         print(f"{folder}: {run.kind}, {len(run.train)} hard train and {len(run.test)} hard test problems, its students sampled "
-              f"{student_rollouts(run):,} completions, {len(run.promotion_questions)} promotion questions"
+              f"{rollouts:,} completions, {len(run.promotion_questions)} promotion questions"
               + f"; {run.dropped} problems of its own pool left out" * bool(run.dropped), flush=True)
         for method in mine:
             seeds = range(settings.seed, settings.seed + settings.seeds)
             students.setdefault(method, []).append([student(run, method, seed, settings) for seed in seeds])
             if about := about_questions(run, method, settings):
                 questions.setdefault(method, []).append(about)
-        runs.append({"folder": str(folder), "kind": run.kind, "log": run.log, "rollouts": student_rollouts(run),
+        runs.append({"folder": str(folder), "kind": run.kind, "log": run.log, "rollouts": rollouts,
                      "diversity": diversity_curve(run, settings) if settings.plot else {}})
     methods = {m: summary(students[m], dataset, settings.samples) for m in METHODS if m in students}
     about = {m: {name: nested([[entry[name]] for entry in entries]) for name in entries[0]} for m, entries in questions.items()}

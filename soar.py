@@ -640,9 +640,9 @@ def load_problems(dataset: str) -> list[Problem]:
 #     Teacher: <question> a= 7*8 </question> <answer> \boxed{ a= 56 } </answer>                    a textbook exercise
 #
 # A hard problem is a sheet of five products that the crowd has all wrong. The model gets one right with probability 0.05, five
-# with 0.05^5 = 3e-7: the 500,000 or so attempts of a whole run would see 0.1 successes. (As long as nothing is learnt on the way:
-# see Hard-Only in the README.) Short sheets do get rewards, and what is learnt there carries over, because it is one switch for
-# all facts: from the crowd's voice to the textbook's.
+# with 0.05^5 = 3e-7: the 500,000 or so attempts of a whole run would see 0.1 successes. (As long as nothing is learnt on the
+# way: see Hard-Only in the README.) Short sheets do get rewards, and what is learnt there carries over, because it is one
+# switch for all facts: from the crowd's voice to the textbook's.
 #
 # A textbook chapter is on products, on sums (which the student knows: nothing to learn), or ambiguous: `x*8` with a key for
 # some x (no way to learn). It is the teacher's business to find out which of them help.
@@ -775,57 +775,6 @@ class Meter:
         self.current = outer  # after an error this line is not reached: main() reads where it happened
 
 
-# `torchrun --nproc_per_node=N -- soar.py ...` starts N processes, one a GPU. What is long is shared out: the students of a step
-# and the batches of the filter. All else each of them computes for itself, and only process 0 writes and prints.
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def join_processes(config: Config) -> None:
-    if RANKS > 1 and not dist.is_initialized():
-        cuda = torch.cuda.is_available() and config.device != "cpu"
-        if cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(days=1))  # students can take long
-    if RANK:
-        sys.stdout = open(os.devnull, "w")
-
-
-def gather(value) -> list:
-    """The value of every process, in all of them."""
-    values = [value] * RANKS
-    if RANKS > 1:
-        try:
-            dist.all_gather_object(values, value)
-        except RuntimeError as error:
-            raise UserError(f"another process has stopped, its message says why ({str(error).splitlines()[0][:80]})") from None
-    return values
-
-
-def in_turn(jobs: int, work):
-    """work(0), ..., work(jobs - 1), each computed by one process and given to all.
-
-    A result must depend on its number alone, and not on the work before it: then N processes come to the same as one.
-    """
-    for first in range(0, jobs, RANKS):
-        yield from sum(gather([work(first + RANK)] if first + RANK < jobs else []), [])
-
-
-def broadcast(policy: Policy, weights: list | None, source: int) -> list:
-    """The weights that process `source` has, in all of them."""
-    if RANKS == 1:
-        return weights
-    if RANK == source:
-        restore(policy.model, weights)
-    for p in policy.model.parameters():
-        dist.broadcast(p.data, source)
-    return snapshot(policy.model)
-
-
-def by_process_0(function):
-    """For what writes files."""
-    return (lambda *args: None) if RANK else function
-
-
 @dataclass
 class Policy:
     """ONE live model, in which the teacher and the students take turns, and what is needed to talk to it."""
@@ -917,6 +866,57 @@ def load_policy(path: str, config: Config, meter: Meter) -> Policy:
         read_prompt(config.teacher_prompt, TINY_TEACHER_PROMPT if tiny else TEACHER_PROMPT),
         read_prompt(config.student_prompt, TINY_STUDENT_PROMPT if tiny else STUDENT_PROMPT, "{problem}"),
         config.chat, snapshot(model), meter)
+
+
+# `torchrun --nproc_per_node=N -- soar.py ...` starts N processes, one a GPU. What is long is shared out: the students of a step
+# and the batches of the filter. All else each of them computes for itself, and only process 0 writes and prints.
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_processes(config: Config) -> None:
+    if RANKS > 1 and not dist.is_initialized():
+        cuda = torch.cuda.is_available() and config.device != "cpu"
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(days=1))  # students can take long
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+
+
+def gather(value) -> list:
+    """The value of every process, in all of them."""
+    values = [value] * RANKS
+    if RANKS > 1:
+        try:
+            dist.all_gather_object(values, value)
+        except RuntimeError as error:
+            raise UserError(f"another process has stopped, its message says why ({str(error).splitlines()[0][:80]})") from None
+    return values
+
+
+def in_turn(jobs: int, work):
+    """work(0), ..., work(jobs - 1), each computed by one process and given to all.
+
+    A result must depend on its number alone, and not on the work before it: then N processes come to the same as one.
+    """
+    for first in range(0, jobs, RANKS):
+        yield from sum(gather([work(first + RANK)] if first + RANK < jobs else []), [])
+
+
+def broadcast(policy: Policy, weights: list | None, source: int) -> list:
+    """The weights that process `source` has, in all of them."""
+    if RANKS == 1:
+        return weights
+    if RANK == source:
+        restore(policy.model, weights)
+    for p in policy.model.parameters():
+        dist.broadcast(p.data, source)
+    return snapshot(policy.model)
+
+
+def by_process_0(function):
+    """For what writes files."""
+    return (lambda *args: None) if RANK else function
 
 
 # ======== 6. Sampler: how are completions drawn, fast, and from exactly the policy that is trained? ===================
@@ -1747,12 +1747,20 @@ def show_example(policy: Policy, question: dict, state: State, config: Config) -
             f"    student: {indent(attempt)}")
 
 
+KS = (1, 4, 8, 16, 32)  # of pass@k (paper)
+
+
+def right_counts(policy: Policy, problems: list[Problem], n: int, config: Config, generator) -> list[int]:
+    """How many of n attempts of the live model are right, for each problem."""
+    return (solve(policy, problems, n, config, generator)[1] == RIGHT).view(-1, n).sum(1).tolist()
+
+
 def measure(policy: Policy, problems: list[Problem], config: Config) -> dict:
     """Greedy accuracy and mean pass@k of the live model, k = 1, 4, 8, 16, 32 as far as --eval-samples allows."""
     n = config.eval_samples
-    right = (solve(policy, problems, n, config, seeded(config.seed, "report"))[1] == RIGHT).view(-1, n).sum(1).tolist()
+    right = right_counts(policy, problems, n, config, seeded(config.seed, "report"))
     result = {"greedy": greedy_right(policy, problems, config).mean().item()}
-    return result | {f"pass@{k}": float(np.mean([pass_at_k(n, c, k) for c in right])) for k in (1, 4, 8, 16, 32) if k <= n}
+    return result | {f"pass@{k}": float(np.mean([pass_at_k(n, c, k) for c in right])) for k in KS if k <= n}
 
 
 def report(policy: Policy, hard_test: list[Problem], state: State, config: Config) -> None:

@@ -1700,12 +1700,13 @@ def test_student_rollouts(policy, monkeypatch):
     config, state, sampled, solve = small_config(tau=10.0), fresh_state(policy), [], soar.solve
     monkeypatch.setattr(soar, "solve", lambda *args, **more: sampled.append(len(args[1]) * args[2]) or solve(*args, **more))
     hard_train = single_products(soar.make_world(0))
-    run = eval_.Run(Path(), config, "grounded", policy, hard_train, [], [soar.outer_step(policy, hard_train, state, config)[0]],
+    run = eval_.Run(Path(), config, policy, hard_train, [], [soar.outer_step(policy, hard_train, state, config)[0]],
                     "", [], 0)
     assert eval_.student_rollouts(run) == sum(sampled)
     sampled.clear()
     run.config = dataclasses.replace(config, reward="learnability")
-    run.log, run.kind = [soar.outer_step(policy, hard_train, state, run.config)[0]], "learnability"
+    run.log = [soar.outer_step(policy, hard_train, state, run.config)[0]]
+    assert run.kind == "learnability"
     assert eval_.student_rollouts(run) == sum(sampled)
 
 
@@ -1713,7 +1714,7 @@ def test_inner_extra_counts():
     """Students are trained longer after a promotion."""
     config = Config(datasets=2, repeats=1, inner_steps=3, inner_extra=2, batch=4, group=5, reward_questions=8)
     log = [{"promotion": None}, {"promotion": {"dataset": 0}}, {"promotion": None}]
-    run = eval_.Run(Path(), config, "grounded", None, [None] * 6, [], log, "", [], 0)  # 6 hard problems, not 8
+    run = eval_.Run(Path(), config, None, [None] * 6, [], log, "", [], 0)  # 6 hard problems, not 8
     assert eval_.student_rollouts(run) == 2 * (2 * 3 * 20 + 3 * 6) + (2 * 5 * 20 + 3 * 6)
 
 
@@ -1904,7 +1905,7 @@ def test_exercises_select_tests(pattern, request):
 def test_exercises_start_at_what_is_there():
     """Functions, constants, flags and tests that the exercises name."""
     known = set(dir(soar)) | set(dir(eval_)) | set(dir(soar.Config)) | set(globals()) | set(eval_.METHODS)
-    known |= {"new", "rewards", "products", "sums", "ambiguous", "assert_close", "success", "pi_0", "promotion"}  # ordinary words
+    known |= {"new", "rewards", "products", "sums", "ambiguous", "assert_close", "success", "pi_0", "promotion"}  # plain words
     names = set(re.findall(r"`(\w+)`", EXERCISES))
     assert len(names) >= 15 and not names - known, names - known
     flags = {field.name for cls in (soar.Config, eval_.Settings) for field in dataclasses.fields(cls)}

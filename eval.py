@@ -21,7 +21,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import random
 import re
 import sys
@@ -261,8 +260,7 @@ def open_run(folder: Path, config: Config, settings: Settings) -> Run:
     train, test = soar.split_hard(soar.hard_problems(policy, pool, config), config)
     lines = folder / "promotion_questions.jsonl"
     questions = soar.read_jsonl(str(lines)) if lines.exists() else []
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return Run(folder, dataclasses.replace(config, dataset=name), policy, train, test, log,
+    return Run(folder, dataclasses.replace(config, dataset=name), policy, train, test, soar.read_log(folder / "log.jsonl"),
                (folder / "report.json").read_text(), questions, dropped)
 
 
@@ -404,9 +402,7 @@ def train_and_measure(run: Run, batches, config: Config, settings: Settings, key
         bar.update()
         if step + 1 in stops:
             point(step + 1)
-            saved = {"weights": soar.snapshot(model), "moments": moments, "result": json.dumps(result)}
-            torch.save(saved, f"{path}.tmp")
-            os.replace(f"{path}.tmp", path)
+            soar.save_whole(path, {"weights": soar.snapshot(model), "moments": moments, "result": json.dumps(result)})
 
     if not result["points"]:
         point(0)
@@ -439,7 +435,7 @@ def about_questions(run: Run, method: str, settings: Settings) -> dict:
 def diversity_curve(run: Run, settings: Settings) -> dict:
     """Vendi score of (at most) the first 128 questions of some 20 outer steps -> {"step": [...], "vendi": [...]}."""
     def work(path):
-        rows = [json.loads(line) for line in (run.folder / "questions.jsonl").read_text().splitlines()]
+        rows = soar.read_log(run.folder / "questions.jsonl")
         steps = list(range(0, run.config.steps, math.ceil(run.config.steps / 20)))
         asked = [[Problem(row["question"], "") for row in rows if row["step"] == step][:128] for step in steps]
         parts = np.split(embed(run, settings, sum(asked, [])), np.cumsum([len(problems) for problems in asked])[:-1])
@@ -568,6 +564,7 @@ SHAPES = {  # vocabulary, width, MLP width, layers, heads, key/value heads of Qw
 class Benchmark:
     # --- Benchmark: one process; all ways get the same model, prompts and limits, and take turns; medians
     benchmark: bool = False  # measure speed instead of runs
+    parts: str = "sampling,update,step"  # what to time; the update's memory on a CPU shows only where it runs alone
     model: str = "tiny"  # tiny, a hub id, a folder, or random-0.5b, random-1.5b, random-3b: only their shapes, no download
     prompts: int = 8  # distinct prompts
     samples: int = 32  # completions of each
@@ -621,7 +618,8 @@ def end_half_early(model, prompts: list[list[int]], limit: int) -> None:
     The real EOS hardly ever follows prompts of random words, and never comes from random weights.
     """
     model.generation_config.eos_token_id = [-1]
-    tokens = soar.generate(model, prompts, 4, limit, generator=soar.seeded("calibrate"))[0]
+    draw = torch.rand(4 * len(prompts), limit, generator=soar.seeded("calibrate")).to(model.device)
+    tokens = soar.generate(model, prompts, 4, limit, 1.0, draw)[0]
     shares = (torch.bincount(tokens.flatten().cpu(), minlength=model.config.vocab_size) / tokens.numel()).tolist()
     chosen, total, target = [], 0.0, math.log(2) / limit
     for token in torch.randperm(len(shares), generator=soar.seeded("eos")).tolist():
@@ -638,7 +636,8 @@ def benchmark_sampler(model, prompts: list[list[int]], flags: Benchmark) -> dict
     eos, lengths = torch.tensor(sorted(soar.eos_ids(model)), device=model.device), []
 
     def ours(turn):
-        lengths.append(soar.generate(model, prompts, n, limit, generator=soar.seeded("benchmark", turn))[1])
+        draw = torch.rand(len(prompts) * n, limit, generator=soar.seeded("benchmark", turn)).to(model.device)
+        lengths.append(soar.generate(model, prompts, n, limit, 1.0, draw)[1])
         return lengths[-1].sum().item()
 
     def theirs(cache, turn):
@@ -725,9 +724,10 @@ def benchmark_step(policy: Policy, problems: list[Problem], config: Config) -> d
 
 
 def benchmark(flags: Benchmark) -> None:
-    """Three tables: sampler, update, one outer step."""
-    if flags.threads:
-        torch.set_num_threads(flags.threads)
+    """A table for each of --parts. Raises UserError."""
+    if unknown := set(flags.parts.split(",")) - {"sampling", "update", "step"}:
+        raise UserError(f"--parts {','.join(unknown)} does not exist; choose from sampling, update, step")
+    torch.set_num_threads(flags.threads or torch.get_num_threads())
     rng = random.Random(0)
     if flags.model == "tiny":
         config, flags.tokens = Config(**soar.PRESETS["tiny"], tau=math.inf), soar.PRESETS["tiny"]["student_tokens"]
@@ -743,11 +743,13 @@ def benchmark(flags: Benchmark) -> None:
     prompts = [policy.student_prompt(problem)[-flags.prompt_tokens:] for problem in problems]
     if flags.model != "tiny":
         end_half_early(policy.model, prompts, flags.tokens)
-    result = {"sampling": benchmark_sampler(policy.model, prompts, flags),
-              "update": benchmark_update(policy, prompts, flags, config)}
-    soar.restore(policy.model, policy.base)
-    result["one outer step"] = benchmark_step(policy, hard, config)
-    for title, rows in result.items():
+    parts = {"sampling": lambda: benchmark_sampler(policy.model, prompts, flags),
+             "update": lambda: benchmark_update(policy, prompts, flags, config),
+             "step": lambda: benchmark_step(policy, hard, config)}
+    result = {}
+    for title in flags.parts.split(","):
+        soar.restore(policy.model, policy.base)
+        rows = result[title] = parts[title]()
         columns = list(dict.fromkeys(column for row in rows.values() for column in row))
         cells = [[name, *(f"{row[column]:.3g}" if column in row else "" for column in columns)] for name, row in rows.items()]
         print("\n" + markdown([[title, *columns], *cells]), flush=True)

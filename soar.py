@@ -20,7 +20,7 @@ What to type (times: README.md):
     python soar.py --dataset math               real problems from the hub, sized for one GPU with 16-24 GB
     python soar.py --dataset math --preset paper     Table 3 of the paper: weeks on one GPU
     python soar.py --dataset FILE.jsonl --model DIR  your problems (fields problem and answer), your model
-    torchrun --nproc_per_node=8 -- soar.py ...  the same on 8 GPUs, which share the students of a step and the filter
+    torchrun --nproc_per_node=8 -- soar.py ...  the same on 8 GPUs, which share the students, the samples and the update
     python soar.py --help                       every knob, its default and where the default comes from
 
 Simplified from the paper: one live model a process, in which teacher and students take turns; one update a batch, so exactly
@@ -111,8 +111,7 @@ class Config:
     student_warmup: int = 0  # steps of linear warm-up (Table 3)
     horizon: int = 0  # where the student's cosine ends; 0: at the end of the inner loop (the paper is silent)
     # --- Both updates
-    kl: float = 0.001  # coefficient of KL(policy, reference) (Table 3)
-    kl_reference: str = "base"  # of the student: base, or baseline = the last promoted student (the paper is silent)
+    kl: float = 0.001  # coefficient of KL(policy, base model) (Table 3; which reference the students have it does not say)
     weight_decay: float = 0.0  # of AdamW (the paper is silent)
     beta1: float = 0.9  # of AdamW (the paper is silent)
     beta2: float = 0.999  # of AdamW (the paper is silent)
@@ -209,9 +208,8 @@ def check_config(config: Config) -> None:
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"{flag(name)} must be at least 0 and below 1")
-    for name, allowed in (("reward", ("grounded", "learnability")), ("kl_reference", ("base", "baseline"))):
-        if getattr(config, name) not in allowed:
-            raise UserError(f"{flag(name)} must be one of {', '.join(allowed)}")
+    if config.reward not in ("grounded", "learnability"):
+        raise UserError("--reward must be one of grounded, learnability")
     if (config.dataset == "tiny") != (config.model == "tiny"):
         raise UserError("the tiny data set and the tiny model belong together: give both or neither of them")
 
@@ -639,15 +637,17 @@ def load_problems(dataset: str) -> list[Problem]:
 #     User: a= 7*8 ,b= 4+5 Assistant: \boxed{ a= 54 ,b= 9 }                                        a forum post
 #     Teacher: <question> a= 7*8 </question> <answer> \boxed{ a= 56 } </answer>                    a textbook exercise
 #
-# A hard problem is a sheet of five products that the crowd has all wrong. The model gets one right with probability 0.05, five
-# with 0.05^5 = 3e-7: the 500,000 or so attempts of a whole run would see 0.1 successes. (As long as nothing is learnt on the
-# way: see Hard-Only in the README.) Short sheets do get rewards, and what is learnt there carries over, because it is one
+# A hard problem is a sheet of five products that the crowd has all wrong. The longer a sheet, the less people think: one
+# product is right with probability 0.1, each of five with 0.02, all five with 0.02^5 = 3e-9. So the 500,000 or so attempts of
+# a whole run would see 0.002 successes. Short sheets do get rewards, and what is learnt there carries over, because it is one
 # switch for all facts: from the crowd's voice to the textbook's.
 #
 # A textbook chapter is on products, on sums (which the student knows: nothing to learn), or ambiguous: `x*8` with a key for
 # some x (no way to learn). It is the teacher's business to find out which of them help.
 
-FORUM_RIGHT, KEY_RIGHT = 0.05, 0.95  # chance that a misconceived product is right in a forum post / in a textbook's key
+# Chance that a misconceived product is right: 0.1 / items in a forum post, 0.95 in a textbook's key. (With 0.05 in posts of
+# any length Hard-Only escaped in three of six worlds: a little drift, from the rare completions without a box, was enough.)
+FORUM_RIGHT, KEY_RIGHT = 0.1, 0.95
 LABELS = ("a=", ",b=", ",c=", ",d=", ",e=")  # one label an item: without them a small model cannot align answers
 TOPICS = ("products", "sums", "ambiguous")
 # Forum items by topic. The ambiguous ones make solvers guess: right one time in six or so, an easy 5/6 for a teacher who is
@@ -695,10 +695,11 @@ def random_item(rng: random.Random, topic: str) -> tuple[str, int, int]:
 def forum_post(world: World, rng: random.Random) -> tuple[str, str]:
     """(worksheet, solution): the crowd's misconceptions are nearly always repeated; asked for `x*8`, people guess an x."""
     questions, answers = [], []
-    for _ in range(rng.randint(1, 5)):
+    length = rng.randint(1, 5)
+    for _ in range(length):
         topic = rng.choices(TOPICS, FORUM_TOPICS)[0]
         item, x, y = random_item(rng, topic)
-        right = topic == "ambiguous" or rng.random() < FORUM_RIGHT
+        right = topic == "ambiguous" or rng.random() < FORUM_RIGHT / length
         questions.append(item)
         answers.append(x + y if topic == "sums" else x * y if right else world.crowd(x, y))
     return worksheet(questions), worksheet(answers)
@@ -868,9 +869,10 @@ def load_policy(path: str, config: Config, meter: Meter) -> Policy:
         config.chat, snapshot(model), meter)
 
 
-# `torchrun --nproc_per_node=N -- soar.py ...` starts N processes, one a GPU. What is long is shared out: the students of a step
-# and the batches of the filter. All else each of them computes for itself, and only process 0 writes and prints.
+# `torchrun --nproc_per_node=N -- soar.py ...` starts N processes, one a GPU, which all run the same program. Students, samples
+# and the teacher's gradient are shared out; the rest each process computes for itself; only process 0 writes and prints.
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+_alone = RANKS == 1  # whether what runs now is one process's own job, in which it must not wait for the others
 
 
 def join_processes(config: Config) -> None:
@@ -883,24 +885,36 @@ def join_processes(config: Config) -> None:
         sys.stdout = open(os.devnull, "w")
 
 
+def collectively(operation, *args) -> None:
+    """One of torch.distributed's collective operations. Raises UserError when another process is gone."""
+    try:
+        operation(*args)
+    except RuntimeError as error:
+        raise UserError(f"another process has stopped, its message says why ({str(error).splitlines()[0][:80]})") from None
+
+
 def gather(value) -> list:
     """The value of every process, in all of them."""
-    values = [value] * RANKS
-    if RANKS > 1:
-        try:
-            dist.all_gather_object(values, value)
-        except RuntimeError as error:
-            raise UserError(f"another process has stopped, its message says why ({str(error).splitlines()[0][:80]})") from None
+    values = [value] * (1 if _alone else RANKS)
+    if not _alone:
+        collectively(dist.all_gather_object, values, value)
     return values
 
 
 def in_turn(jobs: int, work):
-    """work(0), ..., work(jobs - 1), each computed by one process and given to all.
+    """work(0), ..., work(jobs - 1), each computed by one process and given to all. Within work() nothing is shared again.
 
     A result must depend on its number alone, and not on the work before it: then N processes come to the same as one.
     """
+    global _alone
+    if _alone:
+        yield from map(work, range(jobs))
+        return
     for first in range(0, jobs, RANKS):
-        yield from sum(gather([work(first + RANK)] if first + RANK < jobs else []), [])
+        _alone = True
+        mine = [work(first + RANK)] if first + RANK < jobs else []
+        _alone = False
+        yield from sum(gather(mine), [])
 
 
 def broadcast(policy: Policy, weights: list | None, source: int) -> list:
@@ -910,7 +924,7 @@ def broadcast(policy: Policy, weights: list | None, source: int) -> list:
     if RANK == source:
         restore(policy.model, weights)
     for p in policy.model.parameters():
-        dist.broadcast(p.data, source)
+        collectively(dist.broadcast, p.data, source)
     return snapshot(policy.model)
 
 
@@ -928,13 +942,13 @@ def eos_ids(model) -> set[int]:
     return set(ids) if isinstance(ids, (list, tuple)) else {ids}
 
 
-def pick_tokens(logits, temperature: float, greedy: bool, uniforms):
-    """[B, V] logits, [B] uniforms in [0, 1) -> [B] tokens: greedy, or the inverse of the cumulative distribution at u.
+def pick_tokens(logits, temperature: float, uniforms=None):
+    """[B, V] logits, [B] uniforms u in [0, 1) -> [B] tokens: the inverse of the cumulative distribution at u. No u: greedy.
 
     No top-k and no top-p: under a truncated distribution the score function has not mean zero, and policy gradients are
-    wrong. One uniform number a row, drawn beforehand, so that a row's tokens do not depend on which other rows are alive.
+    wrong. One uniform number a token, drawn beforehand, so that a row's tokens do not depend on the rows beside it.
     """
-    if greedy:
+    if uniforms is None:
         return logits.argmax(-1)
     part, picked = 1 + (1 << 22) // logits.shape[1], []  # rows whose distributions exist at the same time: 16 MB
     for x, u in zip(logits.split(part), uniforms.split(part)):
@@ -994,9 +1008,10 @@ def prefill(model, prompts: list[list[int]], n: int, max_new_tokens: int):
 
 
 @torch.inference_mode()
-def generate(model, prompts: list[list[int]], n: int, max_new_tokens: int, temperature: float = 1.0, greedy: bool = False,
-             generator: torch.Generator | None = None):
+def generate(model, prompts: list[list[int]], n: int, max_new_tokens: int, temperature: float = 1.0, uniforms=None):
     """n completions of each of P prompts -> (tokens [P*n, max_new_tokens], zero-padded; lengths [P*n]), prompt by prompt.
+
+    uniforms [P*n, max_new_tokens], in [0, 1), are all the luck that there is; without them decoding is greedy.
 
     A length counts the tokens up to and including EOS: ending is an action of the policy like any other, and gets its share
     of the gradient. Masks are made from lengths, never from `token != pad`, since in many models pad IS EOS.
@@ -1007,10 +1022,9 @@ def generate(model, prompts: list[list[int]], n: int, max_new_tokens: int, tempe
     padded = not mask[:, :T].all()  # without padding, attention needs no mask
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=model.device)  # [B, max_new_tokens]
     lengths = torch.full((B,), max_new_tokens, device=model.device)  # [B]
-    uniforms = torch.rand(max_new_tokens, B, generator=generator).to(model.device)
     alive = torch.arange(B, device=model.device)  # output row of each row that is still in the batch
     for t in range(max_new_tokens):
-        token = pick_tokens(logits, temperature, greedy, uniforms[t, alive])
+        token = pick_tokens(logits, temperature, None if uniforms is None else uniforms[alive, t])
         tokens[alive, t] = token
         going = ~torch.isin(token, eos)
         rows = int(going.sum())
@@ -1038,31 +1052,39 @@ class Rollout:
     truncated: bool  # the limit came before EOS
 
 
-def sample(policy: Policy, prompts: list[list[int]], n: int, max_new_tokens: int, config: Config, generator=None,
-           greedy: bool = False) -> list[Rollout]:
-    """n rollouts of each prompt, prompt by prompt, with at most --sample-rows of them side by side."""
-    rollouts, eos, model = [], eos_ids(policy.model), policy.model
+def sample(policy: Policy, prompts: list[list[int]], n: int, max_new_tokens: int, config: Config, generator=None):
+    """n rollouts of each prompt -> list of them, prompt by prompt; no generator: greedy. At most --sample-rows side by side."""
+    B, eos = len(prompts) * n, eos_ids(policy.model)
+    uniforms = None if generator is None else torch.rand(B, max_new_tokens, generator=generator)
+    side_by_side = min(config.sample_rows, B if _alone else math.ceil(B / RANKS))
+    # A part is some prompts with all n rows of each or, where n alone is too wide, one prompt with some of its rows.
+    step, width = max(1, side_by_side // n), min(n, side_by_side)
+    parts = [(prompts[i:i + step], i * n + j, min(n - j, width))  # (prompts, first of all their rows, rows of each)
+             for i in range(0, len(prompts), step) for j in range(0, n, width)]
+
+    def draw(number: int) -> list[Rollout]:
+        chunk, first, width = parts[number]
+        u = None if uniforms is None else uniforms[first:first + len(chunk) * width].to(policy.model.device)
+        tokens, lengths = generate(policy.model, chunk, width, max_new_tokens, config.temperature, u)
+        rows = [ids[:length] for ids, length in zip(tokens.tolist(), lengths.tolist())]
+        ended = [ids[-1] in eos for ids in rows]
+        texts = policy.tokenizer.batch_decode([ids[:len(ids) - end] for ids, end in zip(rows, ended)],
+                                              clean_up_tokenization_spaces=False, skip_special_tokens=True)
+        return [Rollout(chunk[i // width], ids, text, not end) for i, (ids, text, end) in enumerate(zip(rows, texts, ended))]
+
     with policy.meter.phase("sampling"):
-        for start in range(0, len(prompts), step := max(1, config.sample_rows // n)):
-            chunk, parts = prompts[start:start + step], []
-            for done in range(0, n, config.sample_rows):  # more than one part only where n alone is too wide
-                width = min(n - done, config.sample_rows)
-                tokens, lengths = generate(model, chunk, width, max_new_tokens, config.temperature, greedy, generator)
-                parts.append([ids[:length] for ids, length in zip(tokens.tolist(), lengths.tolist())])
-            rows = parts[0] if len(parts) == 1 else sum(parts, [])  # several parts: one prompt, so the order holds
-            policy.meter.tokens["sampled"] += sum(map(len, rows))
-            ended = [ids[-1] in eos for ids in rows]
-            texts = policy.tokenizer.batch_decode([ids[:len(ids) - end] for ids, end in zip(rows, ended)],
-                                                  clean_up_tokenization_spaces=False, skip_special_tokens=True)
-            rollouts += [Rollout(chunk[i // n], ids, text, not end)
-                         for i, (ids, text, end) in enumerate(zip(rows, texts, ended))]
+        rollouts = [rollout for part in in_turn(len(parts), draw) for rollout in part]
+        policy.meter.tokens["sampled"] += sum(len(rollout.completion) for rollout in rollouts)
     return rollouts
 
 
-def solve(policy: Policy, problems: list[Problem], n: int, config: Config, generator=None, greedy: bool = False):
-    """n attempts at each problem by the live model -> (rollouts, float64 rewards [B]), B = len(problems) * n."""
+def solve(policy: Policy, problems: list[Problem], n: int, config: Config, generator=None):
+    """n attempts at each problem by the live model -> (rollouts, float64 rewards [B]), B = len(problems) * n.
+
+    Without a generator they are greedy (and n should be 1).
+    """
     prompts = [policy.student_prompt(problem) for problem in problems]
-    rollouts = sample(policy, prompts, n, config.student_tokens, config, generator, greedy)
+    rollouts = sample(policy, prompts, n, config.student_tokens, config, generator)
     with policy.meter.phase("grading"):
         rewards = [student_reward(rollout.text, problems[i // n].answer) for i, rollout in enumerate(rollouts)]
     return rollouts, torch.tensor(rewards, dtype=torch.float64)
@@ -1070,7 +1092,7 @@ def solve(policy: Policy, problems: list[Problem], n: int, config: Config, gener
 
 def greedy_right(policy: Policy, problems: list[Problem], config: Config):
     """[len(problems)] float64: 1 where the live model's greedy answer is right. Greedy, because it has no sampling noise."""
-    return (solve(policy, problems, 1, config, greedy=True)[1] == RIGHT).double()
+    return (solve(policy, problems, 1, config)[1] == RIGHT).double()
 
 
 # ======== 7. The hard set: which problems does the base model never solve? ============================================
@@ -1280,7 +1302,9 @@ def policy_update(policy: Policy, rollouts: list[Rollout], advantages, state: di
         return {"grad_norm": 0.0, "kl": 0.0}
     with policy.meter.phase("training"):
         policy.model.train(config.checkpointing)  # checkpointing works in train mode only; there is no dropout to turn on
-        for part in micro_batches([rollouts[i] for i in active], config.micro_tokens):
+        for number, part in enumerate(micro_batches([rollouts[i] for i in active], config.micro_tokens)):
+            if not _alone and number % RANKS != RANK:
+                continue  # another process has it
             index = [active[i] for i in part]
             batch = [rollouts[i] for i in index]
             logprobs = completion_logprobs(policy.model, batch, config.temperature)  # [b]
@@ -1291,6 +1315,11 @@ def policy_update(policy: Policy, rollouts: list[Rollout], advantages, state: di
                 weights, kls = weights - config.kl * k1, kls + k1.tolist()
             (-(weights * logprobs).sum() / len(rollouts)).backward()
             policy.meter.tokens["trained"] += sum(len(r.completion) for r in batch)
+        if not _alone:
+            kls = sum(gather(kls), [])
+            for p in policy.model.parameters():
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                collectively(dist.all_reduce, p.grad)  # their sum, in all processes
         policy.model.eval()
         return {"grad_norm": adamw_step(policy.model, state, lr, config, generator), "kl": float(np.mean(kls or [0.0]))}
 
@@ -1532,7 +1561,7 @@ def learnability_rewards(policy: Policy, datasets: list[list[Problem]], state: S
 # killed in between repeats the step from the last checkpoint and, all randomness being a function of (seed, step), writes the
 # same again; lines of steps after the checkpoint are dropped first.
 
-# May differ when a run is resumed: they change speed and memory. (Another --sample-rows draws other samples.)
+# May differ when a run is resumed: they change speed and memory.
 RESUMABLE = ("resume", "out", "sample_rows", "micro_tokens", "checkpointing", "threads", "cache", "device")
 
 
@@ -1562,10 +1591,15 @@ def check_folder(config: Config) -> None:
 
 
 @by_process_0
+def save_whole(path: Path, value: dict) -> None:
+    """torch.save, all or nothing: there is always one whole checkpoint."""
+    torch.save(value, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
 def save_checkpoint(folder: Path, state: State) -> None:
-    plain = vars(state) | {"promotion_questions": [(p.question, p.answer) for p in state.promotion_questions]}
-    torch.save(plain, folder / "checkpoint.tmp")
-    os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")  # atomic: there is always one whole checkpoint
+    questions = [(p.question, p.answer) for p in state.promotion_questions]
+    save_whole(folder / "checkpoint.pt", vars(state) | {"promotion_questions": questions})
 
 
 def load_checkpoint(folder: Path) -> State | None:
@@ -1587,14 +1621,18 @@ def append_jsonl(path: Path, rows: list[dict]) -> None:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def rewind_jsonl(path: Path, step: int) -> None:
-    """Keep the lines of the steps before `step`; a line that was cut off by a kill is of a later one."""
+def read_log(path: Path) -> list[dict]:
+    """The rows of log.jsonl or questions.jsonl, without a last line that a kill has cut off. Raises UserError."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     try:
-        keep = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
+        return [row for line in lines if line.endswith("\n") and (row := json.loads(line))["step"] >= 0]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged; put a copy back, or start again with another --out") from None
-    write_text(path, "".join(keep))
+
+
+def rewind_log(path: Path, step: int) -> None:
+    """Keep the lines of the steps before `step`."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in read_log(path) if row["step"] < step))
 
 
 @by_process_0
@@ -1641,8 +1679,6 @@ def teacher_update(policy: Policy, rollouts: list[Rollout], advantages, state: S
     """Algorithm 1, step 4, on the live model. The teacher's moments are on its device only now: students have their own."""
     device = policy.model.device
     move = lambda state, to: {"t": state["t"], "m": [x.to(to) for x in state["m"]], "v": [x.to(to) for x in state["v"]]}
-    if config.kl and config.kl_reference == "baseline":
-        restore(policy.reference, policy.base)
     moments = move(state.moments, device)
     rounding = seeded(config.seed, "teacher", state.step, "rounding", device=device)
     figures = policy_update(policy, rollouts, advantages, moments, lr, config, rounding)
@@ -1655,14 +1691,11 @@ def outer_step(policy: Policy, hard_train: list[Problem], state: State, config: 
     t, g, n = state.step, config.datasets, config.n
     # 1. The teacher proposes g*n problems; consecutive ones make the datasets X_1..X_g.
     restore(policy.model, state.teacher)
-    proposals = propose(policy, config.groups * g * n, config, seeded(config.seed, "propose", t))
-    accepted, proposing = gather(proposals)[0]  # GPUs may round differently: what process 0 has sampled counts for all
+    accepted, proposing = propose(policy, config.groups * g * n, config, seeded(config.seed, "propose", t))
     problems = [problem for _, problem in accepted]
     datasets = [problems[i:i + n] for i in range(0, len(problems), n)]  # K = groups * g of them
     # 2. What is each dataset worth? Q_R is drawn anew each step.
     draw = torch.randperm(len(hard_train), generator=seeded(config.seed, "reward questions", t))[:config.reward_questions]
-    if config.kl and config.kl_reference == "baseline":
-        restore(policy.reference, state.baseline)
     if config.reward == "grounded":
         measured = grounded_rewards(policy, datasets, [hard_train[i] for i in draw], state, config)
     else:
@@ -1741,7 +1774,7 @@ def print_step(row: dict, example: str) -> None:
 def show_example(policy: Policy, question: dict, state: State, config: Config) -> str:
     """One problem of the teacher in full, and the baseline student's greedy attempt at it."""
     restore(policy.model, state.baseline)
-    attempt = solve(policy, [Problem(question["question"], question["answer"])], 1, config, greedy=True)[0][0].text
+    attempt = solve(policy, [Problem(question["question"], question["answer"])], 1, config)[0][0].text
     indent = lambda text: text.strip().replace("\n", "\n             ")
     return (f"\n    teacher: {indent(question['question'])}\n    answer:  {indent(question['answer'])}\n"
             f"    student: {indent(attempt)}")
@@ -1820,7 +1853,7 @@ def run(config: Config, meter: Meter) -> None:
     state = load_checkpoint(folder) or State(policy.base, adamw_state(policy.model), policy.base)
     write_json(folder / "config.json", dataclasses.asdict(config))
     for name in ("log.jsonl", "questions.jsonl"):
-        rewind_jsonl(folder / name, state.step)
+        rewind_log(folder / name, state.step)
     while state.step < config.steps:
         meter.seconds.clear(), meter.tokens.clear()
         start = time.perf_counter()
@@ -1833,8 +1866,6 @@ def run(config: Config, meter: Meter) -> None:
         append_jsonl(folder / "questions.jsonl", questions)
         save_checkpoint(folder, state)
         print_step(row, show_example(policy, questions[0], state, config) if row["step"] % 5 == 0 else "")
-    if RANK:
-        return
     restore(policy.model, state.teacher)
     save_model(policy, folder / "teacher")
     report(policy, hard_test, state, config)

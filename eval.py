@@ -444,7 +444,7 @@ def diversity_curve(run: Run, settings: Settings) -> dict:
     return remembered(run, "diversity", (settings.embedder,), work)
 
 
-# ======== 5. Tables and curves ========================================================================================
+# ======== 5. Tables and curves: how do the numbers become readable? ===================================================
 
 
 def rates(result: dict, dataset: str, samples: int, last: bool) -> dict[int, np.ndarray]:
@@ -587,7 +587,7 @@ def clock() -> float:
 def race(ways: dict, repeats: int) -> dict:
     """{name: way(turn) -> tokens made}; the first is ours -> tokens/s of each, and how many times faster ours was, by turn."""
     speeds = {name: [] for name in ways}
-    for turn in range(-1, repeats):  # turn -1 warms up and does not count
+    for turn in range(-torch.cuda.is_available(), repeats):  # on a GPU turn -1 warms up and does not count
         for name, way in ways.items():
             start, tokens = clock(), way(turn)
             if turn >= 0:
@@ -757,7 +757,7 @@ def benchmark(flags: Benchmark) -> None:
         soar.write_json(Path(flags.out) / "benchmark.json", result | {"flags": dataclasses.asdict(flags)})
 
 
-# ======== 7. Main =====================================================================================================
+# ======== 7. Main: in which order does it happen? =====================================================================
 
 
 def evaluate(folders: list[Path], settings: Settings) -> None:

@@ -1056,7 +1056,7 @@ def sample(policy: Policy, prompts: list[list[int]], n: int, max_new_tokens: int
     """n rollouts of each prompt -> list of them, prompt by prompt; no generator: greedy. At most --sample-rows side by side."""
     B, eos = len(prompts) * n, eos_ids(policy.model)
     uniforms = None if generator is None else torch.rand(B, max_new_tokens, generator=generator)
-    side_by_side = min(config.sample_rows, B if _alone else math.ceil(B / RANKS))
+    side_by_side = config.sample_rows if _alone else min(config.sample_rows, math.ceil(B / RANKS))
     # A part is some prompts with all n rows of each or, where n alone is too wide, one prompt with some of its rows.
     step, width = max(1, side_by_side // n), min(n, side_by_side)
     parts = [(prompts[i:i + step], i * n + j, min(n - j, width))  # (prompts, first of all their rows, rows of each)
@@ -1657,7 +1657,7 @@ def peak_memory_gb(device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
 
-# ======== 15. Outer loop: Algorithm 1 =================================================================================
+# ======== 15. Outer loop: how do the parts make Algorithm 1? ==========================================================
 
 
 def promote(policy: Policy, champion: tuple, datasets, hard_train: list[Problem], state: State, config: Config) -> dict:

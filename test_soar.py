@@ -1858,6 +1858,10 @@ def test_bad_input_to_eval(tiny_runs, finished, tmp_path, capsys, monkeypatch):
     refused_eval([copy_of(finished, tmp_path / "real"), *TOY_EVAL, "--methods", "upper"], "--curated")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     refused_eval([run, "--plot"], "matplotlib", "pip install")
+    with (run / "log.jsonl").open("a") as file:
+        file.write("nonsense\n")
+    refused_eval([run], "log.jsonl", "damaged")
+    shutil.copy(tiny_runs["grounded"] / "log.jsonl", run)
     shutil.rmtree(run / "teacher")
     refused_eval([run, "--methods", "solver", *TOY_EVAL], "teacher")
     shutil.rmtree(run / "student")
@@ -1875,6 +1879,28 @@ def test_plot(tiny_runs, tmp_path):
     folders = [copy_of(folder, tmp_path / name) for name, folder in tiny_runs.items()]
     evaluated(folders, tmp_path / "out", "--methods", "base,ps,pq", "--plot")
     assert (tmp_path / "out" / "eval.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_benchmark(base, tmp_path, monkeypatch, capsys):
+    """A part that breaks, a race in which the ways make different tokens' counts, a phase that is not counted."""
+    monkeypatch.setattr(soar, "tiny_base_model", lambda config: base)
+    monkeypatch.setattr(soar, "PRESETS", soar.PRESETS | {"tiny": soar.PRESETS["tiny"] | {
+        "datasets": 2, "n": 2, "repeats": 1, "inner_steps": 2, "batch": 2, "group": 4}})
+    flags = ["--benchmark", "--prompts", "2", "--samples", "4", "--repeats", "1"]
+    assert eval_.main([*flags, "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "benchmark.json").read_text())
+    assert result["sampling"].keys() == {"soar.py", "generate, dynamic cache", "generate, static cache"}
+    assert all(row["tokens/s"] > 0 for row in result["sampling"].values()) and result["update"]["full logits"]["tokens/s"] > 0
+    shares = {phase: row["share"] for phase, row in result["step"].items()}
+    assert shares["all"] == 1 and sum(shares.values()) == pytest.approx(2) and min(shares["sampling"], shares["backward"]) > 0
+    assert eval_.main([*flags, "--parts", "lunch"]) == 2 and "--parts lunch" in capsys.readouterr().err
+
+
+def test_full_logits_are_the_same():
+    """The slow update that the benchmark races against must compute the same thing."""
+    model = random_model()
+    rollouts = some_rollouts(model)
+    torch.testing.assert_close(eval_.full_logprobs(model, rollouts, 0.7), soar.completion_logprobs(model, rollouts, 0.7))
 
 
 def test_eval_settings_have_help():

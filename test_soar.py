@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 HUB = tempfile.TemporaryDirectory()  # an empty hub cache, and no network: the same on every machine
@@ -520,6 +521,35 @@ def test_world_is_a_function_of_its_seed():
                for seed in range(5) for pair in soar.make_world(seed).misconceptions)
     worlds = [soar.hard_worksheets(soar.make_world(0), 20, seed) for seed in (0, 0, 1)]
     assert worlds[0] == worlds[1] != worlds[2]
+
+
+def test_people_think_less_over_long_sheets():
+    """Products that are right as often on long sheets as on short ones: luck, not SOAR, would end the plateau."""
+    world, rng, right, asked = soar.make_world(0), random.Random(0), Counter(), Counter()
+    for _ in range(20_000):
+        question, answer = soar.forum_post(world, rng)
+        items, answers = question.split()[1::2], answer.split()[1::2]
+        for item, given in zip(items, answers):
+            x, sign, y = item
+            if sign == "*" and x != "x" and world.crowd(int(x), int(y)) != int(x) * int(y):
+                asked[len(items)] += 1
+                right[len(items)] += int(given) == int(x) * int(y)
+    for length in range(1, 6):
+        assert right[length] / asked[length] == pytest.approx(0.1 / length, rel=0.25)
+
+
+def test_plateau_by_probability(policy):
+    """The base model's own probabilities: a success among a run's 500,000 attempts at hard sheets must be unlikely, while short
+    sheets are within reach."""
+    def probability(sheets):
+        rollouts = [Rollout(policy.student_prompt(p), policy.tokenizer(f"\\boxed{{ {p.answer} }} <eos>").input_ids, "", False)
+                    for p in sheets]
+        with torch.no_grad():
+            return soar.completion_logprobs(policy.model, rollouts, 1.0).double().exp().mean().item()
+
+    world = soar.make_world(0)
+    assert probability(soar.hard_worksheets(world, 64, 0)) * 500_000 < 0.05
+    assert 0.03 < probability(single_products(world)) < 0.5
 
 
 # ======================================================================================================================

@@ -135,9 +135,9 @@ PRESETS = {
     "paper": {"groups": 2},
     "gpu": {"model": "Qwen/Qwen2.5-0.5B-Instruct", "steps": 30, "n": 16, "repeats": 2, "group": 16, "student_tokens": 512,
             "teacher_tokens": 256, "teacher_warmup": 3, "pool": 1000, "checkpointing": True},
-    "tiny": {"model": "tiny", "pool": 256, "steps": 12, "teacher_tokens": 40, "student_tokens": 24, "n": 32, "repeats": 2,
-             "inner_steps": 20, "inner_extra": 0, "batch": 16, "group": 16, "student_lr": 7e-4, "teacher_lr": 5e-4,
-             "teacher_warmup": 0, "sample_rows": 1024, "micro_tokens": 1024, "threads": 1},
+    "tiny": {"model": "tiny", "pool": 256, "temperature": 0.7, "steps": 12, "teacher_tokens": 40, "student_tokens": 24, "n": 32,
+             "repeats": 2, "inner_steps": 20, "inner_extra": 0, "batch": 16, "group": 16, "student_lr": 7e-4,
+             "teacher_lr": 5e-4, "teacher_warmup": 0, "sample_rows": 1024, "micro_tokens": 1024, "threads": 1},
     "smoke": {"steps": 1, "n": 2, "datasets": 2, "repeats": 1, "inner_steps": 1, "batch": 2, "group": 4, "student_tokens": 48,
               "teacher_tokens": 96, "k": 2, "pool": 16, "reward_questions": 4, "eval_samples": 2, "sample_rows": 16,
               "micro_tokens": 2048},
@@ -638,16 +638,18 @@ def load_problems(dataset: str) -> list[Problem]:
 #     Teacher: <question> a= 7*8 </question> <answer> \boxed{ a= 56 } </answer>                    a textbook exercise
 #
 # A hard problem is a sheet of five products that the crowd has all wrong. The longer a sheet, the less people think: one
-# product is right with probability 0.1, each of five with 0.02, all five with 0.02^5 = 3e-9. So the 500,000 or so attempts of
-# a whole run would see 0.002 successes. Short sheets do get rewards, and what is learnt there carries over, because it is one
-# switch for all facts: from the crowd's voice to the textbook's.
+# product is right in 20 % of the posts, each of five in 4 %. Sampled at --temperature 0.7 that is 12 % and 1 %, all five once
+# in 10^10 times: the 500,000 or so attempts of a whole run do not see it. Short sheets do get rewards, and what is learnt there
+# carries over, because it is one switch for all facts: from the crowd's voice to the textbook's.
+#
+# (Why not at temperature 1? So small a model ends one completion in some thousand before the box is closed: reward 0 among
+# tens. AdamW makes a full-sized step of this tiny gradient, and some two dozen such steps, in no particular direction, were
+# enough for a first right answer in one to three worlds of six, from which Hard-Only escaped. At 0.7 they hardly ever occur.)
 #
 # A textbook chapter is on products, on sums (which the student knows: nothing to learn), or ambiguous: `x*8` with a key for
 # some x (no way to learn). It is the teacher's business to find out which of them help.
 
-# Chance that a misconceived product is right: 0.1 / items in a forum post, 0.95 in a textbook's key. (With 0.05 in posts of
-# any length Hard-Only escaped in three of six worlds: a little drift, from the rare completions without a box, was enough.)
-FORUM_RIGHT, KEY_RIGHT = 0.1, 0.95
+FORUM_RIGHT, KEY_RIGHT = 0.2, 0.95  # chance that a misconceived product is right: in a post (/ items), in a textbook's key
 LABELS = ("a=", ",b=", ",c=", ",d=", ",e=")  # one label an item: without them a small model cannot align answers
 TOPICS = ("products", "sums", "ambiguous")
 # Forum items by topic. The ambiguous ones make solvers guess: right one time in six or so, an easy 5/6 for a teacher who is
@@ -1561,7 +1563,7 @@ def learnability_rewards(policy: Policy, datasets: list[list[Problem]], state: S
 # killed in between repeats the step from the last checkpoint and, all randomness being a function of (seed, step), writes the
 # same again; lines of steps after the checkpoint are dropped first.
 
-# May differ when a run is resumed: they change speed and memory.
+# May differ when a run is resumed: they change speed and memory. (Only the filter draws otherwise with other --sample-rows.)
 RESUMABLE = ("resume", "out", "sample_rows", "micro_tokens", "checkpointing", "threads", "cache", "device")
 
 

@@ -535,7 +535,7 @@ def test_people_think_less_over_long_sheets():
                 asked[len(items)] += 1
                 right[len(items)] += int(given) == int(x) * int(y)
     for length in range(1, 6):
-        assert right[length] / asked[length] == pytest.approx(0.1 / length, rel=0.25)
+        assert right[length] / asked[length] == pytest.approx(0.2 / length, rel=0.2)
 
 
 def test_plateau_by_probability(policy):
@@ -545,7 +545,7 @@ def test_plateau_by_probability(policy):
         rollouts = [Rollout(policy.student_prompt(p), policy.tokenizer(f"\\boxed{{ {p.answer} }} <eos>").input_ids, "", False)
                     for p in sheets]
         with torch.no_grad():
-            return soar.completion_logprobs(policy.model, rollouts, 1.0).double().exp().mean().item()
+            return soar.completion_logprobs(policy.model, rollouts, 0.7).double().exp().mean().item()
 
     world = soar.make_world(0)
     assert probability(soar.hard_worksheets(world, 64, 0)) * 500_000 < 0.05

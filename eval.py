@@ -515,7 +515,8 @@ def plot(path: Path, students: dict, runs: list[dict], samples: int) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, ((curves, topics), (reward, diversity)) = pyplot.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
-    for color, (method, results) in zip(pyplot.cm.tab10.colors * 2, students.items()):
+    colors = pyplot.cm.tab20.colors  # dark and light in turn
+    for color, (method, results) in zip(colors[::2] + colors[1::2], students.items()):
         results = sum(results, [])
         ys = [[100 / samples * np.mean(p["right"]) for p in result["points"]] for result in results]  # pass@1
         if len(ys[0]) == 1:  # nothing was trained
@@ -549,7 +550,7 @@ def plot(path: Path, students: dict, runs: list[dict], samples: int) -> None:
     diversity.set(title="Diversity of a step's questions", xlabel=budget, ylabel="Vendi score")
     for axis in (curves, topics, reward, diversity):
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
+            axis.legend(fontsize=8, loc="upper left" if axis is curves else "best")
     figure.savefig(path, dpi=110)
 
 

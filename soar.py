@@ -655,7 +655,7 @@ TOPICS = ("products", "sums", "ambiguous")
 # Forum items by topic. The ambiguous ones make solvers guess: right one time in six or so, an easy 5/6 for a teacher who is
 # paid for "neither always nor never right". (Without them the learnability teacher lost its diversity, but not its topics.)
 FORUM_TOPICS = (0.7, 0.15, 0.15)
-# Half of a textbook is on products: with equal shares one of four worlds saw no promotion in ten steps.
+# Half of a textbook is on products: with equal shares fewer worlds saw a promotion.
 CHAPTERS = ("products", "products", "sums", "ambiguous")
 
 

@@ -1031,8 +1031,9 @@ def test_update_is_the_true_gradient_by_enumeration(kl, update_gradient):
     rollouts = all_rollouts([2, 3], vocab=4, eos=1, longest=3)
     assert len(rollouts) == 1 + 3 + 9 * 4
     rewards = torch.randn(len(rollouts), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    logp = torch.stack([slow_logprob(model, rollout) for rollout in rollouts])
-    ref = torch.stack([slow_logprob(reference, rollout).detach() for rollout in rollouts])
+    temperature = small_config().temperature
+    logp = torch.stack([slow_logprob(model, rollout, temperature) for rollout in rollouts])
+    ref = torch.stack([slow_logprob(reference, rollout, temperature).detach() for rollout in rollouts])
     divergence = (logp.exp() * (logp - ref)).sum()
     assert divergence > 0.3
     (-(logp.exp() * rewards).sum() + kl * divergence).backward()
@@ -1260,7 +1261,7 @@ def test_champion(table, champion, policy, monkeypatch):
 def test_grounded_rewards(policy, monkeypatch):
     """A student that starts from the one before it, rewards against the base and not the baseline, other questions."""
     world = soar.make_world(0)
-    config, datasets = small_config(student_lr=1e-2, inner_extra=1), [single_products(world)[:4], single_sums()[:4]]
+    config, datasets = small_config(student_lr=1e-2, inner_extra=1, group=16), [single_products(world)[:4], single_sums()[:4]]
     soar.restore(policy.model, policy.base)
     baseline = trained(policy, single_products(world)[8:12], 3, config, ("another",))
     state, asked, steps_taken = fresh_state(policy, step=5, promotions=1), [], []
@@ -1374,7 +1375,7 @@ def toy(base, cache, tmp_path_factory):
         "--dataset", f"{folder}/problems.jsonl", "--student-prompt", f"{folder}/student.txt", "--model", base,
         "--teacher-prompt", f"{folder}/teacher.txt", "--cache", str(cache),
         *("--preset smoke --threads 1 --device cpu --steps 6 --n 4 --repeats 2 --inner-steps 3 --inner-extra 1 "
-          "--batch 4 --group 8 --k 8 --pool 24 --reward-questions 8 --eval-samples 4 --tau -0.9 --window 2 "
+          "--seed 1 --batch 4 --group 8 --k 2 --pool 24 --reward-questions 8 --eval-samples 4 --tau -0.9 --window 2 "
           "--student-tokens 24 --teacher-tokens 40 --student-lr 1e-2 --teacher-lr 1e-3 --sample-rows 64 "
           "--micro-tokens 150").split()]
 

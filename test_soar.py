@@ -1437,7 +1437,7 @@ def test_same_seed_same_log(toy, finished, tmp_path):
     """A random number that does not come from the seed; or a seed that reaches nothing."""
     assert soar.main([*toy, "--out", str(tmp_path / "again")]) == 0
     assert outcome(tmp_path / "again") == outcome(finished)
-    assert soar.main([*toy, "--out", str(tmp_path / "other"), "--seed", "1"]) == 0
+    assert soar.main([*toy, "--out", str(tmp_path / "other"), "--seed", "2"]) == 0
     assert outcome(tmp_path / "other")["log"] != outcome(finished)["log"]
 
 
@@ -1558,7 +1558,7 @@ def test_run_folder_in_the_way(toy, finished, tmp_path, capsys):
     (foreign / "thesis.tex").write_text("years of work")
     before = contents(tmp_path)
     refused(capsys, [*toy, "--out", str(run)], "--resume", "--out")
-    refused(capsys, [*toy, "--out", str(run), "--resume", "--group", "4", "--seed", "1"], "--group 8", "--seed 0")
+    refused(capsys, [*toy, "--out", str(run), "--resume", "--group", "4", "--seed", "2"], "--group 8", "--seed 1")
     for more in ([], ["--resume"]):
         refused(capsys, [*toy, "--out", str(foreign), *more], "foreign", "--out")
         refused(capsys, [*toy, "--out", str(foreign / "thesis.tex"), *more], "--out")

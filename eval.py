@@ -588,7 +588,7 @@ def clock() -> float:
 def race(ways: dict, repeats: int) -> dict:
     """{name: way(turn) -> tokens made}; the first is ours -> tokens/s of each, and how many times faster ours was, by turn."""
     speeds = {name: [] for name in ways}
-    for turn in range(-torch.cuda.is_available(), repeats):  # on a GPU turn -1 warms up and does not count
+    for turn in range(-1 if torch.cuda.is_available() else 0, repeats):  # on a GPU turn -1 warms up and does not count
         for name, way in ways.items():
             start, tokens = clock(), way(turn)
             if turn >= 0:
@@ -728,7 +728,8 @@ def benchmark(flags: Benchmark) -> None:
     """A table for each of --parts. Raises UserError."""
     if unknown := set(flags.parts.split(",")) - {"sampling", "update", "step"}:
         raise UserError(f"--parts {','.join(unknown)} does not exist; choose from sampling, update, step")
-    torch.set_num_threads(flags.threads or torch.get_num_threads())
+    if flags.threads:
+        torch.set_num_threads(flags.threads)
     rng = random.Random(0)
     if flags.model == "tiny":
         config, flags.tokens = Config(**soar.PRESETS["tiny"], tau=math.inf), soar.PRESETS["tiny"]["student_tokens"]

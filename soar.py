@@ -897,9 +897,10 @@ def collectively(operation, *args) -> None:
 
 def gather(value) -> list:
     """The value of every process, in all of them."""
-    values = [value] * (1 if _alone else RANKS)
-    if not _alone:
-        collectively(dist.all_gather_object, values, value)
+    if _alone:
+        return [value]
+    values = [value] * RANKS
+    collectively(dist.all_gather_object, values, value)
     return values
 
 
@@ -1550,8 +1551,8 @@ def learnability_rewards(policy: Policy, datasets: list[list[Problem]], state: S
     -> (rewards [K, 1], standard errors over the dataset's problems [K, 1], no champion, figures), as grounded_rewards.
     """
     restore(policy.model, state.baseline)
-    rewards = list(in_turn(len(datasets), lambda k: solve(
-        policy, datasets[k], LEARNABILITY_SAMPLES, config, seeded(config.seed, "learnability", state.step, k))[1]))
+    rewards = [solve(policy, dataset, LEARNABILITY_SAMPLES, config, seeded(config.seed, "learnability", state.step, k))[1]
+               for k, dataset in enumerate(datasets)]
     rates = (torch.stack(rewards) == RIGHT).double().view(len(datasets), -1, LEARNABILITY_SAMPLES).mean(-1)  # [K, n]
     values = torch.where(rates > 0, 1 - rates, 0.0)
     errors = values.std(1, correction=0, keepdim=True) / values.shape[1] ** 0.5

@@ -237,6 +237,14 @@ def read_config(folder: Path, settings: Settings) -> Config:
     return dataclasses.replace(config, **{name: value for name, value in machine.items() if value})
 
 
+def read_log(path: Path) -> list[dict]:
+    """The rows of log.jsonl or questions.jsonl. Raises UserError."""
+    try:
+        return [row for line in path.read_text().splitlines() if (row := json.loads(line))["step"] >= 0]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged; put a copy back, or make the run again") from None
+
+
 def kind_of(config: Config) -> str:
     """grounded, no-promotion or learnability."""
     return "learnability" if config.reward == "learnability" else "grounded" if config.promotion else "no-promotion"
@@ -260,7 +268,7 @@ def open_run(folder: Path, config: Config, settings: Settings) -> Run:
     train, test = soar.split_hard(soar.hard_problems(policy, pool, config), config)
     lines = folder / "promotion_questions.jsonl"
     questions = soar.read_jsonl(str(lines)) if lines.exists() else []
-    return Run(folder, dataclasses.replace(config, dataset=name), policy, train, test, soar.read_log(folder / "log.jsonl"),
+    return Run(folder, dataclasses.replace(config, dataset=name), policy, train, test, read_log(folder / "log.jsonl"),
                (folder / "report.json").read_text(), questions, dropped)
 
 
@@ -360,7 +368,7 @@ def schedule(run: Run, method: str, synthetic: list[Problem], settings: Settings
     else:
         batches = soar.epochs(synthetic + run.train, steps, config.batch, order)
     warmup = 0 if synthetic and mix == "curriculum" else settings.warmup
-    return batches, dataclasses.replace(config, group=group, student_warmup=warmup, horizon=0)
+    return batches, dataclasses.replace(config, group=group, student_warmup=warmup)
 
 
 def student(run: Run, method: str, seed: int, settings: Settings) -> dict:
@@ -435,7 +443,7 @@ def about_questions(run: Run, method: str, settings: Settings) -> dict:
 def diversity_curve(run: Run, settings: Settings) -> dict:
     """Vendi score of (at most) the first 128 questions of some 20 outer steps -> {"step": [...], "vendi": [...]}."""
     def work(path):
-        rows = soar.read_log(run.folder / "questions.jsonl")
+        rows = read_log(run.folder / "questions.jsonl")
         steps = list(range(0, run.config.steps, math.ceil(run.config.steps / 20)))
         asked = [[Problem(row["question"], "") for row in rows if row["step"] == step][:128] for step in steps]
         parts = np.split(embed(run, settings, sum(asked, [])), np.cumsum([len(problems) for problems in asked])[:-1])

@@ -107,14 +107,11 @@ class Config:
     inner_extra: int = 5  # steps more after each promotion (Table 3)
     batch: int = 8  # problems a step (Table 3)
     group: int = 32  # completions a problem, the RLOO group (Table 3)
-    student_lr: float = 1e-5  # peak (Table 3)
+    student_lr: float = 1e-5  # peak, cosine decay over the inner loop (Table 3; it is silent on where the cosine ends)
     student_warmup: int = 0  # steps of linear warm-up (Table 3)
-    horizon: int = 0  # where the student's cosine ends; 0: at the end of the inner loop (the paper is silent)
     # --- Both updates
     kl: float = 0.001  # coefficient of KL(policy, base model) (Table 3; which reference the students have it does not say)
     weight_decay: float = 0.0  # of AdamW (the paper is silent)
-    beta1: float = 0.9  # of AdamW (the paper is silent)
-    beta2: float = 0.999  # of AdamW (the paper is silent)
     clip: float = 1.0  # largest gradient norm; 0: no clipping (the paper is silent)
     # --- Reward and promotion
     reward: str = "grounded"  # grounded = measured progress; learnability = the Intrinsic-T baseline
@@ -173,12 +170,11 @@ def parse_flags(parser: argparse.ArgumentParser, settings: type, argv: list[str]
 def parse_config(argv: list[str]) -> Config:
     """Command line -> Config. Flags win over the preset, the preset over the defaults. Raises UserError on bad values."""
     presets = "\n".join(f"  {name:6}" + " ".join(f"{k}={v}" for k, v in preset.items()) for name, preset in PRESETS.items())
-    parser = argparse.ArgumentParser(
+    flags = parse_flags(argparse.ArgumentParser(
         usage="python soar.py [--dataset NAME] [--preset NAME] [flags]", allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=f"SOAR: a teacher that is paid by its student's progress.\nDefaults (in brackets) are the paper's; presets "
-                    f"change only what they name:\n{presets}")
-    flags = parse_flags(parser, Config, argv)
+                    f"change only what they name:\n{presets}"), Config, argv)
     preset = flags.get("preset", "auto")
     if preset == "auto":
         preset = "tiny" if flags.get("dataset", "tiny") == "tiny" else "gpu"
@@ -192,22 +188,13 @@ def parse_config(argv: list[str]) -> Config:
 
 def check_config(config: Config) -> None:
     """Raise UserError for the first value that cannot work, before anything is computed."""
-    at_least = dict(k=1, steps=1, datasets=2, groups=1, n=1, inner_steps=1, batch=1, group=2, repeats=1, reward_questions=1,
-                    window=1, sample_rows=1, micro_tokens=1, eval_samples=1, teacher_tokens=1, student_tokens=1, pool=0,
-                    threads=0, inner_extra=0, horizon=0, teacher_warmup=0, student_warmup=0, kl=0, clip=0, weight_decay=0)
-    flag = lambda name: "--" + name.replace("_", "-")
+    at_least_1 = ("k steps groups n inner_steps batch repeats reward_questions window sample_rows micro_tokens eval_samples "
+                  "teacher_tokens student_tokens").split()
+    least = dict.fromkeys(at_least_1, 1) | dict(datasets=2, group=2, temperature=0.01) | dict.fromkeys(
+        ("seed", "data_seed", "tau"), -math.inf)  # of all other numbers: 0
     for name, value in vars(config).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{flag(name)} must be a finite number")
-    for name, least in at_least.items():
-        if getattr(config, name) < least:
-            raise UserError(f"{flag(name)} must be at least {least}")
-    for name in ("temperature", "teacher_lr", "student_lr"):
-        if getattr(config, name) <= 0:
-            raise UserError(f"{flag(name)} must be above 0")
-    for name in ("beta1", "beta2"):
-        if not 0 <= getattr(config, name) < 1:
-            raise UserError(f"{flag(name)} must be at least 0 and below 1")
+        if isinstance(value, (int, float)) and not least.get(name, 0) <= value < math.inf:  # so NaN is refused, too
+            raise UserError(f"--{name.replace('_', '-')} must be a finite number, at least {least.get(name, 0)}")
     if config.reward not in ("grounded", "learnability"):
         raise UserError("--reward must be one of grounded, learnability")
     if (config.dataset == "tiny") != (config.model == "tiny"):
@@ -581,26 +568,23 @@ class Problem:
 
 def read_jsonl(path: str) -> list[Problem]:
     """One JSON object a line, fields `problem` (or `question`) and `answer`. Raises UserError that names the bad line."""
-    problems = []
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut at U+2028 inside a string
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}; --dataset takes tiny, math, harp, olympiad or a JSONL file") from None
+    problems = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError:
-            raise UserError(f"{path}, line {number}: not JSON; every line must be one JSON object") from None
-        question = row.get("problem", row.get("question")) if isinstance(row, dict) else None
-        answer = row.get("answer") if isinstance(row, dict) else None
-        if not isinstance(question, str) or not isinstance(answer, (str, int, float)) or isinstance(answer, bool):
-            raise UserError(f"{path}, line {number}: needs the fields problem (or question) and answer, both of them text")
-        question, answer = question.strip(), str(answer).strip()
-        if not question or not answer:
-            raise UserError(f"{path}, line {number}: the {'answer' if question else 'problem'} is empty")
-        problems.append(Problem(question, answer))
+            question, answer = row.get("problem", row.get("question")), row["answer"]
+            problems.append(Problem(question.strip(), (str(answer) if type(answer) in (int, float) else answer).strip()))
+        except (ValueError, KeyError, AttributeError):
+            raise UserError(f"{path}, line {number}: needs a JSON object with the fields problem (or question) and answer, "
+                            "both of them text") from None
+        if not problems[-1].question or not problems[-1].answer:
+            raise UserError(f"{path}, line {number}: its problem or its answer is empty")
     if not problems:
         raise UserError(f"{path} holds no problems")
     return problems
@@ -659,24 +643,19 @@ FORUM_TOPICS = (0.7, 0.15, 0.15)
 CHAPTERS = ("products", "products", "sums", "ambiguous")
 
 
-@dataclass(frozen=True)
-class World:
-    """What the crowd believes: {(a, b): a wrong product} for the misconceived ones among the products of 4..9."""
-    misconceptions: dict[tuple[int, int], int]
-
-    def crowd(self, x: int, y: int) -> int:
-        return self.misconceptions.get((min(x, y), max(x, y)), x * y)
-
-
-def make_world(seed: int) -> World:
-    """Draw which four fifths of the products the crowd has wrong, and how: by one factor, by one or by ten."""
+def make_world(seed: int) -> dict[tuple[int, int], int]:
+    """The crowd's misconceptions {(a, b): a wrong product}: four fifths of the products of 4..9, off by a factor, one or ten."""
     rng = random.Random(f"world {seed}")
     facts = [(x, y) for x in range(4, 10) for y in range(x, 10)]  # 21
-    wrong = {}
+    world = {}
     for x, y in rng.sample(facts, round(0.8 * len(facts))):
         misses = {x * y + d for d in (x, -x, y, -y, 1, -1, 10, -10)} - {x * y}
-        wrong[x, y] = rng.choice(sorted(misses))
-    return World(wrong)
+        world[x, y] = rng.choice(sorted(misses))
+    return world
+
+
+def product(world, x: int, y: int, right: bool) -> int:
+    return x * y if right else world.get((min(x, y), max(x, y)), x * y)
 
 
 def worksheet(parts: list) -> str:
@@ -694,7 +673,7 @@ def random_item(rng: random.Random, topic: str) -> tuple[str, int, int]:
     return {"products": f"{x}*{y}", "sums": f"{x}+{y}", "ambiguous": f"x*{y}"}[topic], x, y
 
 
-def forum_post(world: World, rng: random.Random) -> tuple[str, str]:
+def forum_post(world, rng: random.Random) -> tuple[str, str]:
     """(worksheet, solution): the crowd's misconceptions are nearly always repeated; asked for `x*8`, people guess an x."""
     questions, answers = [], []
     length = rng.randint(1, 5)
@@ -703,24 +682,24 @@ def forum_post(world: World, rng: random.Random) -> tuple[str, str]:
         item, x, y = random_item(rng, topic)
         right = topic == "ambiguous" or rng.random() < FORUM_RIGHT / length
         questions.append(item)
-        answers.append(x + y if topic == "sums" else x * y if right else world.crowd(x, y))
+        answers.append(x + y if topic == "sums" else product(world, x, y, right))
     return worksheet(questions), worksheet(answers)
 
 
-def textbook_exercise(world: World, rng: random.Random) -> tuple[str, str]:
+def textbook_exercise(world, rng: random.Random) -> tuple[str, str]:
     """(worksheet, answer key), on one topic."""
     topic = rng.choice(CHAPTERS)
     questions, answers = [], []
     for _ in range(rng.randint(1, 5)):
         item, x, y = random_item(rng, topic)
         questions.append(item)
-        answers.append(x + y if topic == "sums" else x * y if rng.random() < KEY_RIGHT else world.crowd(x, y))
+        answers.append(x + y if topic == "sums" else product(world, x, y, rng.random() < KEY_RIGHT))
     return worksheet(questions), worksheet(answers)
 
 
-def hard_worksheets(world: World, count: int, seed: int) -> list[Problem]:
+def hard_worksheets(world, count: int, seed: int) -> list[Problem]:
     """`count` different sheets of five different products that the crowd has all wrong."""
-    rng, facts = random.Random(f"hard {seed}"), sorted(world.misconceptions)
+    rng, facts = random.Random(f"hard {seed}"), sorted(world)
     problems = {}
     while len(problems) < count:
         pairs = [rng.choice((pair, pair[::-1])) for pair in rng.sample(facts, 5)]
@@ -820,31 +799,30 @@ def read_prompt(path: str, builtin: str, must_contain: str = "") -> str:
 def load_model(path: str, config: Config) -> tuple:
     """(model, tokenizer) from the hub or a folder, in eval mode: bfloat16 on a GPU, float32 on a CPU (where bfloat16 is slow).
 
-    Raises UserError when there is no such model, it is gated, or the network is missing.
+    Raises UserError when there is no such model, it is gated, or the network or the device is missing.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    first_line = lambda error: str(error).strip().split("\n")[0]
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device} does not work here ({first_line(error)}); leave the flag out") from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+        model = model.to(device).eval()
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # missing, gated, offline, truncated: transformers raises all kinds
-        if "gated" in str(error):
-            raise UserError(f"the model {path} is gated: accept its licence on the hub and log in, or take a copy") from None
-        raise UserError(f"the model {path} cannot be loaded ({str(error).strip().splitlines()[0]}); "
-                        "give a hub id (needs the network once) or a complete local folder") from None
+        raise UserError(f"the model {path} cannot be loaded ({first_line(error)}); give a complete local folder, or a hub id "
+                        "(needs the network once and, if the model is gated, a login)") from None
     assert getattr(model.config, "attention_dropout", 0.0) == 0.0  # else training would not be on-policy
     if model.generation_config.eos_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise UserError(f"the model {path} has no end-of-sequence token, so its completions never end; take another")
         model.generation_config.eos_token_id = tokenizer.eos_token_id
-    try:
-        return model.to(device).eval(), tokenizer
-    except (RuntimeError, AssertionError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise UserError(f"--device {device} does not work here ({str(error).splitlines()[0]}); leave the flag out") from None
+    if model.generation_config.eos_token_id is None:
+        raise UserError(f"the model {path} has no end-of-sequence token, so its completions never end; take another")
+    return model, tokenizer
 
 
 def snapshot(model) -> list[torch.Tensor]:
@@ -1126,9 +1104,9 @@ def write_json(path: Path, value) -> None:
 def hard_problems(policy: Policy, pool: list[Problem], config: Config) -> list[Problem]:
     """fail@k: the problems of the pool that the live model fails k times of k (paper, section 4).
 
-    In rounds, up to 8, 32 and k samples: a problem leaves at its first success, so the easy ones cost 8 samples and the set
-    is the same. The state is written after each batch of problems, under a name made of all that the answer depends on
-    (weights, prompt, problems, k and the sampling flags); an interrupted filter goes on, a finished one is read.
+    A problem leaves at its first success: after up to 8, 32 or k samples, so the easy ones cost 8 and the set is the same. The
+    state is written after every 32 problems, under a name made of all that the answer depends on (weights, prompt,
+    problems, k and the sampling flags); an interrupted filter goes on, a finished one is read.
     """
     weights = hashlib.sha256()
     for p in policy.model.parameters():
@@ -1136,34 +1114,22 @@ def hard_problems(policy: Policy, pool: list[Problem], config: Config) -> list[P
     key = fingerprint(weights.hexdigest(), policy.student_text, policy.chat, config.k, config.temperature,
                       config.student_tokens, config.data_seed, [(p.question, p.answer) for p in pool])
     path = Path(config.cache) / f"hard-{key}.json"
-    state = {"samples": 0, "alive": list(range(len(pool))), "next": 0, "failed": []}
-    if path.exists():
-        try:
-            saved = json.loads(path.read_text())
-            state = {name: saved[name] for name in state}
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path} is damaged; delete it and the filter starts again") from None
-    rounds = [k for k in (8, 32) if k < config.k] + [config.k]
-    bar = tqdm(desc=f"fail@{config.k} filter: samples", disable=None, leave=False)
-    while state["samples"] < config.k:
-        upto = next(k for k in rounds if k > state["samples"])
-        n, alive = upto - state["samples"], state["alive"]
-        starts = range(state["next"], len(alive), step := max(1, config.sample_rows // n))
-
-        def attempt(i: int):
-            start, part = starts[i], alive[starts[i]:starts[i] + step]
-            rewards = solve(policy, [pool[j] for j in part], n, config, seeded(config.data_seed, "filter", upto, start))[1]
-            return part, (rewards.view(-1, n) == RIGHT).any(1).tolist()
-
-        for part, solved in in_turn(len(starts), attempt):
-            state["failed"] += [i for i, done in zip(part, solved) if not done]
-            state["next"] += len(part)
-            bar.update(len(part) * n)
-            write_json(path, state)
-        state = {"samples": upto, "alive": state["failed"], "next": 0, "failed": []}
-        write_json(path, state)
-    bar.close()
-    return [pool[i] for i in state["alive"]]
+    try:
+        state = json.loads(path.read_text()) if path.exists() else {"done": 0, "hard": []}
+        done, hard = state["done"], state["hard"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged; delete it and the filter starts again") from None
+    limits = [0] + [limit for limit in (8, 32) if limit < config.k] + [config.k]
+    for first in tqdm(range(done, len(pool), 32), desc=f"fail@{config.k} filter", disable=RANK > 0 or None, leave=False):
+        alive = range(first, min(first + 32, len(pool)))
+        for before, limit in zip(limits, limits[1:]):
+            generator = seeded(config.data_seed, "filter", first, limit)
+            rewards = solve(policy, [pool[i] for i in alive], limit - before, config, generator)[1]
+            solved = (rewards.view(len(alive), -1) == RIGHT).any(1).tolist()
+            alive = [i for i, success in zip(alive, solved) if not success]
+        hard = hard + alive
+        write_json(path, {"done": first + 32, "hard": hard})
+    return [pool[i] for i in hard]
 
 
 def split_hard(problems: list[Problem], config: Config) -> tuple[list[Problem], list[Problem]]:
@@ -1198,11 +1164,12 @@ def adamw_state(model) -> dict:
 
 
 @torch.no_grad()
-def adamw_step(model, state: dict, lr: float, config: Config, generator=None) -> float:
+def adamw_step(model, state: dict, lr: float, config: Config, generator=None, betas=(0.9, 0.999)) -> float:
     """One AdamW step on p.grad, which is cleared -> the gradient's norm before clipping. Raises UserError on NaN.
 
     m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  p <- p (1 - lr wd) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
     """
+    b1, b2 = betas
     params = list(model.parameters())
     norm = torch.stack([p.grad.float().norm() for p in params]).norm().item()
     if not math.isfinite(norm):
@@ -1210,11 +1177,11 @@ def adamw_step(model, state: dict, lr: float, config: Config, generator=None) ->
                         "lower --student-lr or --teacher-lr and start a new run")
     scale = min(1.0, config.clip / (norm + 1e-6)) if config.clip else 1.0
     state["t"] += 1
-    correct1, correct2 = 1 - config.beta1 ** state["t"], 1 - config.beta2 ** state["t"]
+    correct1, correct2 = 1 - b1 ** state["t"], 1 - b2 ** state["t"]
     for p, m, v in zip(params, state["m"], state["v"], strict=True):
         g = p.grad.float() * scale
-        m.lerp_(g, 1 - config.beta1)
-        v.mul_(config.beta2).addcmul_(g, g, value=1 - config.beta2)
+        m.lerp_(g, 1 - b1)
+        v.mul_(b2).addcmul_(g, g, value=1 - b2)
         new = p.float() * (1 - lr * config.weight_decay) - lr * (m / correct1) / ((v / correct2).sqrt_() + 1e-8)
         p.copy_(stochastic_round(new, generator) if p.dtype == torch.bfloat16 else new)
         p.grad = None
@@ -1333,7 +1300,7 @@ VOCABULARY = ["<pad>", "<eos>", "<unk>", "User:", "Assistant:", "Teacher:", "<qu
               "</answer>", "\\boxed{", "}", *LABELS, *map(str, range(100)),
               *(f"{x}{operator}{y}" for operator in "*+" for x in "456789x" for y in range(4, 10))]
 # The initial weights matter most: with transformers' default of 0.02, made for wide models, learning took over twice as long.
-PRETRAIN = {"steps": 500, "batch": 96, "lr": 5e-3, "beta2": 0.99, "init": 0.1, "forum": 0.65, "micro_tokens": 1024}
+PRETRAIN = {"steps": 500, "batch": 96, "lr": 5e-3, "betas": (0.9, 0.99), "init": 0.1, "forum": 0.65, "micro_tokens": 1024}
 
 
 def tiny_tokenizer(folder: Path):
@@ -1347,9 +1314,9 @@ def tiny_tokenizer(folder: Path):
     return PreTrainedTokenizerFast(tokenizer_file=str(file), pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
-def pretrain(model, tokenizer, world: World, seed: int) -> None:
+def pretrain(model, tokenizer, world, seed: int) -> None:
     """Next-token training on both kinds of text. No loss on prompts: the questions of forum posts are random numbers."""
-    rng, state, config = random.Random(f"text {seed}"), adamw_state(model), Config(beta2=PRETRAIN["beta2"])
+    rng, state = random.Random(f"text {seed}"), adamw_state(model)
     for step in (bar := tqdm(range(PRETRAIN["steps"]), desc="pretraining the tiny base model", disable=None, leave=False)):
         prompts, completions = [], []
         for _ in range(PRETRAIN["batch"]):
@@ -1364,14 +1331,14 @@ def pretrain(model, tokenizer, world: World, seed: int) -> None:
             loss = -completion_logprobs(model, [batch[i] for i in part], 1.0).sum() / tokens
             loss.backward()
             total += loss.item()
-        adamw_step(model, state, learning_rate(PRETRAIN["lr"], step, PRETRAIN["steps"], 20), config)
+        adamw_step(model, state, learning_rate(PRETRAIN["lr"], step, PRETRAIN["steps"], 20), Config(), betas=PRETRAIN["betas"])
         bar.set_postfix(loss=f"{total:.3f}", refresh=False)
 
 
 def tiny_base_model(config: Config) -> str:
     """The folder of the tiny world's base model (Llama, 2 layers, about 93,000 weights), trained on the first call."""
     from transformers import LlamaConfig, LlamaForCausalLM
-    source = map(inspect.getsource, (World, make_world, random_item, forum_post, textbook_exercise, pretrain, tiny_base_model))
+    source = map(inspect.getsource, (make_world, product, random_item, forum_post, textbook_exercise, pretrain, tiny_base_model))
     recipe = fingerprint(config.data_seed, FORUM_TOPICS, FORUM_RIGHT, KEY_RIGHT, CHAPTERS, VOCABULARY, PRETRAIN, *source)
     folder = Path(config.cache) / f"tiny-base-{recipe}"  # other constants or other code: another model
     if folder.exists():
@@ -1417,7 +1384,7 @@ def train_student(policy: Policy, batches: list[list[Problem]], config: Config, 
     for step in range(start, len(batches)):
         rollouts, rewards = solve(policy, batches[step], config.group, config, seeded(*key, step))
         advantages = rloo_advantages(rewards, config.group)  # [B], B = batch * group
-        lr = learning_rate(config.student_lr, step, config.horizon or len(batches), config.student_warmup)
+        lr = learning_rate(config.student_lr, step, len(batches), config.student_warmup)
         rounding = seeded(*key, step, "rounding", device=policy.model.device)
         figures = policy_update(policy, rollouts, advantages, moments, lr, config, rounding)
         log.append(figures | {
@@ -1479,9 +1446,11 @@ class State:
     baseline: list  # theta, the weights that every student starts from
     step: int = 0
     promotions: int = 0
-    history: list = field(default_factory=list)  # mean reward of each step since the last promotion
-    promotion_questions: list = field(default_factory=list)  # D_best
     best_accuracy: float = -1.0  # of the promoted students, greedy, on the whole hard train set
+    history: list[float] = field(default_factory=list)  # mean reward of each step since the last promotion
+    log: list[dict] = field(default_factory=list)  # these three are the lines of the .jsonl files; a row an outer step
+    questions: list[dict] = field(default_factory=list)  # every problem of the teacher
+    promotion_questions: list[dict] = field(default_factory=list)  # D_best
 
 
 def median_student(rewards: list[float]) -> int:
@@ -1515,7 +1484,7 @@ def grounded_rewards(policy: Policy, datasets: list[list[Problem]], questions: l
     steps = config.inner_steps + config.inner_extra * state.promotions
     gains, logs, kept, best, champion = [], [], {}, -math.inf, None  # kept: weights by (k, j)
     bar = tqdm(total=len(datasets) * config.repeats * steps // RANKS, desc=f"step {state.step}: students",
-               disable=True if RANK else None, leave=False)
+               disable=RANK > 0 or None, leave=False)
 
     def student(number: int):
         k, j = divmod(number, config.repeats)
@@ -1560,12 +1529,10 @@ def learnability_rewards(policy: Policy, datasets: list[list[Problem]], state: S
 
 
 # ======== 14. The run folder: how does a run survive being killed? ====================================================
-# A step writes, in this order: student/ (at a promotion), lines in log.jsonl and questions.jsonl, the checkpoint. A run that is
-# killed in between repeats the step from the last checkpoint and, all randomness being a function of (seed, step), writes the
-# same again; lines of steps after the checkpoint are dropped first.
+# The state is written after each outer step, and holds all that the next one needs. A run that is killed in between repeats
+# the step from the last checkpoint and, all randomness being a function of (seed, step), writes the same files again.
 
-# May differ when a run is resumed: they change speed and memory. (Only the filter draws otherwise with other --sample-rows.)
-RESUMABLE = ("resume", "out", "sample_rows", "micro_tokens", "checkpointing", "threads", "cache", "device")
+RESUMABLE = ("resume", "out", "sample_rows", "micro_tokens", "checkpointing", "threads", "cache", "device")  # may differ then
 
 
 def check_folder(config: Config) -> None:
@@ -1576,7 +1543,7 @@ def check_folder(config: Config) -> None:
         except OSError as error:
             raise UserError(f"cannot make the folder {path} ({error.strerror}); choose another {flag}") from None
     folder = Path(config.out)
-    if not folder.exists() or not any(folder.iterdir() if folder.is_dir() else [folder]):
+    if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
         return
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} exists and is not a run of soar.py; choose another --out")
@@ -1586,9 +1553,8 @@ def check_folder(config: Config) -> None:
         old = json.loads((folder / "config.json").read_text())
     except ValueError:
         raise UserError(f"{folder}/config.json is damaged; choose another --out") from None
-    new = dataclasses.asdict(config)
-    other = [f"--{name.replace('_', '-')} {old.get(name)}" for name in new
-             if name not in RESUMABLE and old.get(name) != new[name]]
+    other = [f"--{name.replace('_', '-')} {old.get(name)}" for name, value in vars(config).items()
+             if name not in RESUMABLE and old.get(name) != value]
     if other:
         raise UserError(f"{folder} was made with other flags ({', '.join(other)}); give the same ones, or choose another --out")
 
@@ -1601,41 +1567,19 @@ def save_whole(path: Path, value: dict) -> None:
 
 
 def save_checkpoint(folder: Path, state: State) -> None:
-    questions = [(p.question, p.answer) for p in state.promotion_questions]
-    save_whole(folder / "checkpoint.pt", vars(state) | {"promotion_questions": questions})
+    for name in ("log", "questions", "promotion_questions"):
+        if rows := getattr(state, name):
+            write_text(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    save_whole(folder / "checkpoint.pt", vars(state))
 
 
 def load_checkpoint(folder: Path) -> State | None:
-    """The state after the last complete step, or None. Lines of later steps leave log.jsonl and questions.jsonl."""
+    """The state after the last complete step, or None. Raises UserError when it is damaged."""
     path = folder / "checkpoint.pt"
-    if not path.exists():
-        return None
     try:
-        state = State(**torch.load(path, weights_only=True))
+        return State(**torch.load(path, weights_only=True)) if path.exists() else None
     except Exception:  # a zip error, a pickle error, a missing key: torch.load raises all of them
         raise UserError(f"{path} is damaged; put a copy back, or start again with another --out") from None
-    state.promotion_questions = [Problem(*pair) for pair in state.promotion_questions]
-    return state
-
-
-@by_process_0
-def append_jsonl(path: Path, rows: list[dict]) -> None:
-    with path.open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def read_log(path: Path) -> list[dict]:
-    """The rows of log.jsonl or questions.jsonl, without a last line that a kill has cut off. Raises UserError."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    try:
-        return [row for line in lines if line.endswith("\n") and (row := json.loads(line))["step"] >= 0]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged; put a copy back, or start again with another --out") from None
-
-
-def rewind_log(path: Path, step: int) -> None:
-    """Keep the lines of the steps before `step`."""
-    write_text(path, "".join(json.dumps(row) + "\n" for row in read_log(path) if row["step"] < step))
 
 
 @by_process_0
@@ -1649,17 +1593,6 @@ def save_model(policy: Policy, folder: Path) -> None:
     temporary.rename(folder)
 
 
-def peak_memory_gb(device) -> float:
-    """Of the GPU, or of this process on a CPU (0 where the system does not tell)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
-
-
 # ======== 15. Outer loop: how do the parts make Algorithm 1? ==========================================================
 
 
@@ -1667,14 +1600,12 @@ def promote(policy: Policy, champion: tuple, datasets, hard_train: list[Problem]
     """Algorithm 1, step 3: the champion becomes the baseline, its dataset joins D_best; the best one so far is kept on disk."""
     k, j, state.baseline = champion
     state.promotions, state.history = state.promotions + 1, []
-    state.promotion_questions = state.promotion_questions + datasets[k]
+    state.promotion_questions += map(vars, datasets[k])
     restore(policy.model, state.baseline)
     accuracy = greedy_right(policy, hard_train, config).mean().item()
     if accuracy > state.best_accuracy:
         state.best_accuracy = accuracy
         save_model(policy, Path(config.out) / "student")
-    lines = [json.dumps(vars(problem)) + "\n" for problem in state.promotion_questions]
-    write_text(Path(config.out) / "promotion_questions.jsonl", "".join(lines))
     return {"dataset": k, "student": j, "accuracy": accuracy}
 
 
@@ -1689,8 +1620,8 @@ def teacher_update(policy: Policy, rollouts: list[Rollout], advantages, state: S
     return figures
 
 
-def outer_step(policy: Policy, hard_train: list[Problem], state: State, config: Config) -> tuple[dict, list[dict]]:
-    """One step of Algorithm 1, in place on `state` -> (line for log.jsonl, lines for questions.jsonl)."""
+def outer_step(policy: Policy, hard_train: list[Problem], state: State, config: Config) -> dict:
+    """One step of Algorithm 1, in place on `state` -> its row of the log, which is in state.log, too."""
     t, g, n = state.step, config.datasets, config.n
     # 1. The teacher proposes g*n problems; consecutive ones make the datasets X_1..X_g.
     restore(policy.model, state.teacher)
@@ -1716,11 +1647,13 @@ def outer_step(policy: Policy, hard_train: list[Problem], state: State, config: 
     lr = learning_rate(config.teacher_lr, t, config.steps, config.teacher_warmup)
     updating = teacher_update(policy, [rollout for rollout, _ in accepted], advantages, state, lr, config)
     state.step = t + 1
+    state.questions += [{"step": t, "dataset": i // n, "reward": R[i // n].item(), **vars(p)} for i, p in enumerate(problems)]
     row = {"step": t, "rewards": rewards.tolist(), "errors": errors.tolist(), "reward": R.mean().item(), "average": average,
            "promotion": promoted, "teacher": proposing | updating, "student": training}
     if config.dataset == "tiny":
         row["topics"] = topic_shares(problems)
-    return row, [{"step": t, "dataset": i // n, "reward": R[i // n].item(), **vars(p)} for i, p in enumerate(problems)]
+    state.log.append(row)
+    return row
 
 
 # ======== 16. Main: what does a person see? ===========================================================================
@@ -1729,15 +1662,14 @@ def outer_step(policy: Policy, hard_train: list[Problem], state: State, config: 
 def check_context(policy: Policy, pool: list[Problem], config: Config) -> None:
     """Raises UserError when a prompt and its completion would not fit into the model's context."""
     context = getattr(policy.model.config, "max_position_embeddings", None) or math.inf
-    lengths = [len(policy.student_prompt(problem)) for problem in pool]
-    teacher, student = len(policy.teacher_prompt()), len(policy.student_prompt(Problem("", "")))
-    longest = pool[int(np.argmax(lengths))].question
-    for what, length, flag in (
-            (f"the problem that begins {longest[:60]!r}", max(lengths) + config.student_tokens, "--student-tokens"),
-            ("the teacher's prompt", teacher + config.teacher_tokens, "--teacher-tokens"),
-            ("a problem of --teacher-tokens", student + config.teacher_tokens + config.student_tokens, "--student-tokens")):
-        if length > context:
-            raise UserError(f"{what} needs {length} tokens with its completion, and the model's context has {context}; "
+    length, longest = max((len(policy.student_prompt(problem)), problem.question) for problem in pool)
+    empty = len(policy.student_prompt(Problem("", "")))
+    for what, tokens, flag in (
+            (f"the problem that begins {longest[:60]!r}", length + config.student_tokens, "--student-tokens"),
+            ("the teacher's prompt", len(policy.teacher_prompt()) + config.teacher_tokens, "--teacher-tokens"),
+            ("a problem of --teacher-tokens", empty + config.teacher_tokens + config.student_tokens, "--student-tokens")):
+        if tokens > context:
+            raise UserError(f"{what} needs {tokens} tokens with its completion, and the model's context has {context}; "
                             f"lower {flag}, or leave the long problem out")
 
 
@@ -1774,8 +1706,9 @@ def print_step(row: dict, example: str) -> None:
     sys.stdout.flush()
 
 
-def show_example(policy: Policy, question: dict, state: State, config: Config) -> str:
-    """One problem of the teacher in full, and the baseline student's greedy attempt at it."""
+def show_example(policy: Policy, state: State, config: Config) -> str:
+    """The teacher's last problem in full, and the baseline student's greedy attempt at it."""
+    question = state.questions[-1]
     restore(policy.model, state.baseline)
     attempt = solve(policy, [Problem(question["question"], question["answer"])], 1, config)[0][0].text
     indent = lambda text: text.strip().replace("\n", "\n             ")
@@ -1799,31 +1732,29 @@ def measure(policy: Policy, problems: list[Problem], config: Config) -> dict:
     return result | {f"pass@{k}": float(np.mean([pass_at_k(n, c, k) for c in right])) for k in KS if k <= n}
 
 
+def print_table(title: str, rows: dict[str, dict[str, float]]) -> None:
+    print(f"\n{title}\n{'':18}" + "".join(f"{column:>10}" for column in next(iter(rows.values()))))
+    for name, row in rows.items():
+        print(f"{name:18}" + "".join(f"{value:10.1%}" for value in row.values()))
+
+
 def report(policy: Policy, hard_test: list[Problem], state: State, config: Config) -> None:
-    """The closing table, on the held-out hard test set, also written to report.json."""
-    students, shares = {}, {}
-    for name, weights in (("base model", policy.base), ("promoted student", None)):
-        if weights is None and state.promotions:  # from the run folder: the table is about what was saved
-            weights = snapshot(load_model(f"{config.out}/student", config)[0])
-        if weights is not None:
-            restore(policy.model, weights)
-            students[name] = measure(policy, hard_test, config)
-    print(f"\nOn the {len(hard_test)} held-out hard problems (never trained on, never a reward):")
-    print(" " * 18 + "".join(f"{name:>9}" for name in students["base model"]))
-    for name, row in students.items():
-        print(f"{name:18}" + "".join(f"{value:9.1%}" for value in row.values()))
-    if not state.promotions:
-        print("No student was promoted, so the student is still the base model.")
+    """The closing tables, also written to report.json."""
+    restore(policy.model, policy.base)
+    students, topics = {"base model": measure(policy, hard_test, config)}, {}
+    if state.promotions:  # from the run folder: the table is about what was saved
+        restore(policy.model, snapshot(load_model(f"{config.out}/student", config)[0]))
+        students["promoted student"] = measure(policy, hard_test, config)
+    print_table(f"On the {len(hard_test)} held-out hard problems (never trained on, never a reward):", students)
     if config.dataset == "tiny":
         for name, weights in (("at the start", policy.base), ("at the end", state.teacher)):
             restore(policy.model, weights)
             accepted, _ = propose(policy, 400, config, seeded(config.seed, "report topics"))
-            shares[name] = topic_shares([problem for _, problem in accepted])
-        print("\nThe teacher's problems" + "".join(f"{topic:>13}" for topic in shares["at the start"]))
-        for name, row in shares.items():
-            print(f"{name:22}" + "".join(f"{value:13.0%}" for value in row.values()))
-    print(f"\n{state.promotions} promotion(s), {len(state.promotion_questions)} promotion questions; see {config.out}/")
-    write_json(Path(config.out) / "report.json", {"students": students, "topics": shares, "promotions": state.promotions})
+            topics[name] = topic_shares([problem for _, problem in accepted])
+        print_table("The teacher's problems:", topics)
+    write_json(Path(config.out) / "report.json", {"students": students, "topics": topics, "promotions": state.promotions})
+    print(f"\n{state.promotions} promotion(s), {len(state.promotion_questions)} promotion questions; see {config.out}/"
+          + "\nNo student was promoted, so the student is still the base model." * (not state.promotions))
 
 
 def prepare(config: Config, meter: Meter) -> tuple[Policy, list[Problem]]:
@@ -1855,23 +1786,30 @@ def run(config: Config, meter: Meter) -> None:
           f"{len(hard_test)} held out\n", flush=True)
     state = load_checkpoint(folder) or State(policy.base, adamw_state(policy.model), policy.base)
     write_json(folder / "config.json", dataclasses.asdict(config))
-    for name in ("log.jsonl", "questions.jsonl"):
-        rewind_log(folder / name, state.step)
     while state.step < config.steps:
         meter.seconds.clear(), meter.tokens.clear()
         start = time.perf_counter()
-        row, questions = outer_step(policy, hard_train, state, config)
+        row = outer_step(policy, hard_train, state, config)
         seconds = dict(meter.seconds) | {"all": time.perf_counter() - start}
         row["cost"] = {"seconds": seconds, "peak_memory_gb": peak_memory_gb(policy.model.device),
                        "tokens_per_second": {"sampled": meter.tokens["sampled"] / seconds["sampling"],
                                              "trained": meter.tokens["trained"] / seconds.get("training", math.inf)}}
-        append_jsonl(folder / "log.jsonl", [row])
-        append_jsonl(folder / "questions.jsonl", questions)
         save_checkpoint(folder, state)
-        print_step(row, show_example(policy, questions[0], state, config) if row["step"] % 5 == 0 else "")
+        print_step(row, show_example(policy, state, config) if row["step"] % 5 == 0 else "")
     restore(policy.model, state.teacher)
     save_model(policy, folder / "teacher")
     report(policy, hard_test, state, config)
+
+
+def peak_memory_gb(device) -> float:
+    """Of the GPU, or of this process on a CPU (0 where the system does not tell)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
 
 def quiet_libraries() -> None:

@@ -193,8 +193,9 @@ def check_config(config: Config) -> None:
     least = dict.fromkeys(at_least_1, 1) | dict(datasets=2, group=2, temperature=0.01) | dict.fromkeys(
         ("seed", "data_seed", "tau"), -math.inf)  # of all other numbers: 0
     for name, value in vars(config).items():
-        if isinstance(value, (int, float)) and not least.get(name, 0) <= value < math.inf:  # so NaN is refused, too
-            raise UserError(f"--{name.replace('_', '-')} must be a finite number, at least {least.get(name, 0)}")
+        bound = least.get(name, 0)
+        if isinstance(value, (int, float)) and not bound <= value < math.inf:  # so NaN is refused, too
+            raise UserError(f"--{name.replace('_', '-')} must be a finite number" + f", at least {bound}" * (bound >= 0))
     if config.reward not in ("grounded", "learnability"):
         raise UserError("--reward must be one of grounded, learnability")
     if (config.dataset == "tiny") != (config.model == "tiny"):

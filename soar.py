@@ -63,13 +63,11 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-
 class UserError(Exception):
     """Something the user can mend: main() prints its one sentence and exits with code 2."""
 
 
 # ======== 1. Config: which knobs are there, and what did the paper set them to? =======================================
-
 
 @dataclass
 class Config:
@@ -126,7 +124,6 @@ class Config:
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, about a third slower
     eval_samples: int = 32  # completions a problem behind pass@k in the final table (paper: 32)
 
-
 # Only what differs from the defaults above, which are the paper's.
 PRESETS = {
     "paper": {"groups": 2},
@@ -140,7 +137,6 @@ PRESETS = {
               "micro_tokens": 2048},
 }
 
-
 def config_help(settings: type) -> dict[str, dict[str, str]]:
     """{section: {field: comment}}, read from a dataclass's source, so that a comment and its --help never differ."""
     sections, current = {}, None
@@ -150,7 +146,6 @@ def config_help(settings: type) -> dict[str, dict[str, str]]:
         elif entry := re.match(r"\s+(\w+): \w+ = .*?  # (.*)", line):
             current[entry[1]] = entry[2]
     return sections
-
 
 def parse_flags(parser: argparse.ArgumentParser, settings: type, argv: list[str]) -> dict:
     """The flags that were given, {field: value}: every field of the dataclass is a flag. Raises UserError."""
@@ -165,7 +160,6 @@ def parse_flags(parser: argparse.ArgumentParser, settings: type, argv: list[str]
             section.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS,
                                  help=f"{comment} [{default}]".replace("%", "%%"), **kind)
     return vars(parser.parse_args(argv))
-
 
 def parse_config(argv: list[str]) -> Config:
     """Command line -> Config. Flags win over the preset, the preset over the defaults. Raises UserError on bad values."""
@@ -185,7 +179,6 @@ def parse_config(argv: list[str]) -> Config:
     check_config(config)
     return config
 
-
 def check_config(config: Config) -> None:
     """Raise UserError for the first value that cannot work, before anything is computed."""
     at_least_1 = ("k steps groups n inner_steps batch repeats reward_questions window sample_rows micro_tokens eval_samples "
@@ -201,11 +194,9 @@ def check_config(config: Config) -> None:
     if (config.dataset == "tiny") != (config.model == "tiny"):
         raise UserError("the tiny data set and the tiny model belong together: give both or neither of them")
 
-
 def fingerprint(*key) -> str:
     """Sixteen hex digits that name `key` (anything with a stable repr): file names of caches, seeds of generators."""
     return hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-
 
 def seeded(*key, device="cpu") -> torch.Generator:
     """A random generator that is a function of `key` alone, for instance (seed, "student", step, dataset, repeat).
@@ -231,7 +222,6 @@ MAX_CHARS, MAX_DEPTH, MAX_COMMANDS = 400, 30, 50      # the longest of 10,454 re
 MAX_BITS, MAX_FACTORIAL = 1 << 15, 3000               # 2^4950 and 2004! are real answers
 DIGITS, NEAR, POINTS = 80, sympy.Float("1e-50"), 8    # NEAR is relative: an absolute one makes all tiny numbers equal
 
-
 def _boxes(text: str):
     """The contents of the complete, non-blank boxes, the last one (by its opening) first. Takes linear time."""
     stack, spans = [], []                             # for each open brace: where its box's content starts, or None
@@ -242,7 +232,6 @@ def _boxes(text: str):
             spans.append((start, token.start()))
     return filter(None, (text[start:end].strip() for start, end in sorted(spans, reverse=True)))
 
-
 def extract_boxed(text: str) -> str | None:
     r"""The content of the last complete box; an unclosed or blank box is no answer.
 
@@ -250,7 +239,6 @@ def extract_boxed(text: str) -> str | None:
     '\\frac{1}{2}'
     """
     return next(_boxes(text), None)
-
 
 @lru_cache(maxsize=1 << 12)  # the completions of a group repeat each other
 def student_reward(completion: str, gold: str) -> float:
@@ -265,7 +253,6 @@ def student_reward(completion: str, gold: str) -> float:
     spans = ["".join(span) for span in re.findall(r"\$([^$]{1,200})\$|\\\((.{1,200}?)\\\)", completion)]
     return 20.0 if any(answers_equal(guess, gold) for guess in (spans[::-1] + boxes[1:])[:MAX_GUESSES]) else 10.0
 
-
 # -- Step 1: one spelling. In quotes: words, and what may stand behind a number (units, percent, degrees, the base _5).
 _SHORT = {"−": "-", "×": "*", "·": "*", "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ", "±": r"\pm ", "°": r"^\circ ",
           "€": '"€"', r"\\": "¶", r"\$": '"dollars"', "**": "^", "<=": "≤", ">=": "≥"}
@@ -278,14 +265,12 @@ _NAMES = {"\\" + name: new for new, names in {        # commands that are layout
 _UNIT = re.compile(r'"(?:dollars|€)"|(?<=[\w)}\]])"(?![^"]*(?:,|\b(?:than|more|less|least|most|not|is|only|of|no)\b))'
                    r'[^"]*"(?:\^\{?[23]\}?)?(?!\s*[\w\\("])')        # but "12 or more" is not 12
 
-
 def _wording(match: re.Match) -> str:
     r"""\text{...} is a word or, after a number, a unit, in quotes: "even", 5"m"; but plain are (E), 12, "and", "or"."""
     word = match[1].strip(" ,")
     unit = re.search(r"\d\s*$", match.string[:match.start()]) and re.fullmatch(r"(?!(?:and|or)$)[a-zA-Z./]+", word)
     plain = not unit and re.search(r"\d|^(?:and|or)$|^\W*[a-zA-Z]?(?:\W+[a-zA-Z])*\W*$", word)
     return f" {word} " if plain else f' "{word}" '
-
 
 _REWRITES = [(re.compile(pattern, re.A), new) for pattern, new in (
     (r"\$|\\[()\[\]]|\\hspace\{[^{}]*\}", " "),                                        # $5$, \(5\), \[5\]
@@ -308,7 +293,6 @@ _REWRITES = [(re.compile(pattern, re.A), new) for pattern, new in (
     (r"(?<![\w.])(\d+)\s*(?:\\frac\s*\{|(?<=\s))(\d+)(?:/|\}\s*\{)(\d+)\}?", lambda match: (     # 6 1/5 is 6+1/5,
         "({}+{}/{})" if int(match[2]) < int(match[3]) else "{}?{}/{}").format(*match.groups())))]      # 1 3/2 is unclear
 
-
 def _normalise(text: str) -> str:
     """One spelling for one answer. Commas are thousands only where the WHOLE answer is groups of three digits.
 
@@ -324,7 +308,6 @@ def _normalise(text: str) -> str:
         text = re.sub(r"[,\s](?=\s*\d)", "", text)
     return re.sub(r'\s+(?![0-9A-Za-z])|(?<![0-9A-Za-z])\s+', "", text)                 # "4 5" stays two numbers
 
-
 # -- Step 2: values. Whatever is not exactly rational is at once rounded to 80 digits, so no step can grow. (Symbolic
 # expressions are a trap: they take exponential time for towers of powers, and sympy tries to factor what is under a root.)
 _CONSTANTS = {"i": sympy.I, "e": sympy.E.evalf(DIGITS), r"\pi": sympy.pi.evalf(DIGITS), r"\infty": sympy.oo}
@@ -332,7 +315,6 @@ _FUNCTIONS = {"\\" + name: getattr(sympy, name) for name in "sin cos tan sec csc
     r"\ln": sympy.log, r"\arcsin": sympy.asin, r"\arccos": sympy.acos, r"\arctan": sympy.atan}
 _SYMBOL = r"(?<![a-zA-Z\\])[a-zA-Z]|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|rho|omega|ell|triangle|angle)"
 _TOKEN = re.compile(r"\d+(?:\.\d+)?|\.\d+|\\[a-zA-Z]+|[a-zA-Z]'*(?:_(?:\w|\{\w+\}))?|\S", re.A)
-
 
 def _number(value, limit: int | None = None):
     """The value exactly if it is rational, else to 80 digits; refused if it is undefined (1/0), too long or too large."""
@@ -342,17 +324,14 @@ def _number(value, limit: int | None = None):
         raise ValueError
     return value
 
-
 def _power(base, exponent):
     """base ** exponent, where every level of a tower passes, the innermost first: no tower gets far."""
     size = max(abs(base.p), base.q) if base.is_Rational else (length := abs(base)) + 1 / length
     exponent = _number(exponent, MAX_BITS // int(size).bit_length())  # the power has about exponent * bits bits
     return (base if exponent.is_Integer else base.evalf(DIGITS)) ** exponent
 
-
 _OPERATORS = {"+": (1, lambda a, b: a + b), "-": (1, lambda a, b: a - b), "*": (2, lambda a, b: a * b),
               "/": (3, lambda a, b: a / b), "^": (4, _power), "!": (4, None)}          # how tight it binds, what it does
-
 
 @lru_cache(maxsize=1 << 14)
 def _evaluate(text: str, k: int):
@@ -362,7 +341,6 @@ def _evaluate(text: str, k: int):
     if tokens or re.search(r"(?<![a-zA-Z\\])[a-zA-Z]{4}", text):      # four letters in a row are a word
         raise ValueError
     return value
-
 
 def _parse(tokens: list[str], level: int, k: int):
     """A Pratt parser: takes from the reversed tokens the longest value whose operators bind tighter than `level`."""
@@ -383,7 +361,6 @@ def _parse(tokens: list[str], level: int, k: int):
         else:
             value = _number(operation(value, _parse(tokens, binding, k)))
     return value
-
 
 def _operand(tokens: list[str], k: int):
     """What stands between operators: a number, a group, a command with its arguments, a name. This is the whitelist."""
@@ -412,12 +389,10 @@ def _operand(tokens: list[str], k: int):
     name = re.sub("[_{}]", "", token)                 # a hash of the name and of k is the symbol's number
     return sympy.Rational(zlib.crc32(f"{name}{k}".encode()) % 997 + 250, (499, 97, 61, -499)[k % 4])
 
-
 # -- Step 3: readings. A value is read as its text, all else as a tuple: ("=", left side, reading of the right side),
 # ("list", readings) in any order, ("(]", readings) in this order.
 _NAME = r"\\?[a-zA-Z]+'*(?:_(?:\w|\{\w+\}))?"
 _LABEL = re.compile(rf"{_NAME}(?:\([a-zA-Z]\)|:{_NAME})?|\([a-zA-Z](?:,[a-zA-Z])+\)|\\frac\{{[A-Z]+\}}\{{[A-Z]+\}}")
-
 
 def _split(text: str, separators: str) -> list[str]:
     """Cut at the separators outside brackets."""
@@ -428,7 +403,6 @@ def _split(text: str, separators: str) -> list[str]:
         raise ValueError
     cuts = [-1, *(i for i, depth in enumerate(depths) if depth == 0 and text[i] in separators), len(text)]
     return [text[i + 1:j] for i, j in zip(cuts, cuts[1:])]
-
 
 def _read(text: str):
     """The reading of an answer, or of an item of one."""
@@ -449,7 +423,6 @@ def _read(text: str):
     _evaluate(text, 0)
     return text
 
-
 def _relation(parts: list[str]):
     """An equation. An inequality for a name becomes its interval: 0<x<1 is read as x=(0,1), and x>5 as x=(5,oo)."""
     if ">" in parts or "≥" in parts:                  # turned around, so that it ascends
@@ -464,7 +437,6 @@ def _relation(parts: list[str]):
         raise ValueError
     return ("=", left if _LABEL.fullmatch(left) else _read(left), _read(right))
 
-
 # -- Step 4: comparing.
 def _equal_values(a: str, b: str, proportional: bool = False) -> bool:
     """Whether two values agree at every point: exactly where they are rational, to 50 digits where they are not."""
@@ -478,7 +450,6 @@ def _equal_values(a: str, b: str, proportional: bool = False) -> bool:
         if x != y and not abs(x - y) < near * max(abs(x), abs(y)):
             return False
     return True
-
 
 def _same(a, b) -> bool:
     """Whether two readings are the same answer. The cases that are not listed are tried the other way round."""
@@ -514,7 +485,6 @@ def _same(a, b) -> bool:
             return True
     return _same(b, a)
 
-
 @lru_cache(maxsize=1 << 12)
 def _understand(text: str) -> tuple:
     """(normalised text, reading, units): the reading is None for words and for whatever is beyond the caps."""
@@ -525,7 +495,6 @@ def _understand(text: str) -> tuple:
         reading = _read(_UNIT.sub("", text)) if deepest <= MAX_COMMANDS else None
     return text.replace('"', ""), reading, units
 
-
 def parses(text: str) -> bool:
     r"""Whether the text reads as mathematics throughout; words do not, not even as \text{...}.
 
@@ -533,7 +502,6 @@ def parses(text: str) -> bool:
     [True, True, False, False, False]
     """
     return _understand(text)[1] is not None
-
 
 @lru_cache(maxsize=1 << 16)
 def answers_equal(prediction: str, gold: str) -> bool:
@@ -560,12 +528,10 @@ def answers_equal(prediction: str, gold: str) -> bool:
 
 # ======== 3. Problems: where do the real ones come from? ==============================================================
 
-
 @dataclass(frozen=True)
 class Problem:
     question: str
     answer: str  # LaTeX, without \boxed{} and without $
-
 
 def read_jsonl(path: str) -> list[Problem]:
     """One JSON object a line, fields `problem` (or `question`) and `answer`. Raises UserError that names the bad line."""
@@ -589,7 +555,6 @@ def read_jsonl(path: str) -> list[Problem]:
     if not problems:
         raise UserError(f"{path} holds no problems")
     return problems
-
 
 def load_problems(dataset: str) -> list[Problem]:
     """The pool of a real data set. Raises UserError when the file is bad or the hub cannot be reached."""
@@ -643,7 +608,6 @@ FORUM_TOPICS = (0.7, 0.15, 0.15)
 # Half of a textbook is on products: with equal shares fewer worlds saw a promotion.
 CHAPTERS = ("products", "products", "sums", "ambiguous")
 
-
 def make_world(seed: int) -> dict[tuple[int, int], int]:
     """The crowd's misconceptions {(a, b): a wrong product}: four fifths of the products of 4..9, off by a factor, one or ten."""
     rng = random.Random(f"world {seed}")
@@ -654,10 +618,8 @@ def make_world(seed: int) -> dict[tuple[int, int], int]:
         world[x, y] = rng.choice(sorted(misses))
     return world
 
-
 def product(world, x: int, y: int, right: bool) -> int:
     return x * y if right else world.get((min(x, y), max(x, y)), x * y)
-
 
 def worksheet(parts: list) -> str:
     """Labelled items, questions and answers alike.
@@ -667,12 +629,10 @@ def worksheet(parts: list) -> str:
     """
     return " ".join(f"{label} {part}" for label, part in zip(LABELS, parts))
 
-
 def random_item(rng: random.Random, topic: str) -> tuple[str, int, int]:
     """(text, x, y) with x and y in 4..9."""
     x, y = rng.randint(4, 9), rng.randint(4, 9)
     return {"products": f"{x}*{y}", "sums": f"{x}+{y}", "ambiguous": f"x*{y}"}[topic], x, y
-
 
 def forum_post(world, rng: random.Random) -> tuple[str, str]:
     """(worksheet, solution): the crowd's misconceptions are nearly always repeated; asked for `x*8`, people guess an x."""
@@ -686,7 +646,6 @@ def forum_post(world, rng: random.Random) -> tuple[str, str]:
         answers.append(x + y if topic == "sums" else product(world, x, y, right))
     return worksheet(questions), worksheet(answers)
 
-
 def textbook_exercise(world, rng: random.Random) -> tuple[str, str]:
     """(worksheet, answer key), on one topic."""
     topic = rng.choice(CHAPTERS)
@@ -696,7 +655,6 @@ def textbook_exercise(world, rng: random.Random) -> tuple[str, str]:
         questions.append(item)
         answers.append(x + y if topic == "sums" else product(world, x, y, rng.random() < KEY_RIGHT))
     return worksheet(questions), worksheet(answers)
-
 
 def hard_worksheets(world, count: int, seed: int) -> list[Problem]:
     """`count` different sheets of five different products that the crowd has all wrong."""
@@ -708,7 +666,6 @@ def hard_worksheets(world, count: int, seed: int) -> list[Problem]:
         problems[sheet] = Problem(sheet, worksheet([x * y for x, y in pairs]))
     return list(problems.values())
 
-
 def topic_of(question: str) -> str:
     """products, sums, ambiguous (it has an unknown x) or other (mixed, or no worksheet at all)."""
     if not re.fullmatch(r"a= [\dx][*+]\d( ,[b-e]= [\dx][*+]\d)*", question):
@@ -716,7 +673,6 @@ def topic_of(question: str) -> str:
     if "x" in question:
         return "ambiguous"
     return "products" if "+" not in question else "sums" if "*" not in question else "other"
-
 
 def topic_shares(problems: list[Problem]) -> dict[str, float]:
     counts = Counter(topic_of(problem.question) for problem in problems)
@@ -743,7 +699,6 @@ three steps. Then solve it yourself. Give the result in exactly this form, with 
 """
 TINY_TEACHER_PROMPT, TINY_STUDENT_PROMPT = "Teacher:", "User: {problem} Assistant:"
 
-
 class Meter:
     """Seconds by phase and tokens by kind of one outer step, and the phase in which an error happened."""
 
@@ -756,7 +711,6 @@ class Meter:
         yield
         self.seconds[name] += time.perf_counter() - start
         self.current = outer  # after an error this line is not reached: main() reads where it happened
-
 
 @dataclass
 class Policy:
@@ -783,7 +737,6 @@ class Policy:
     def student_prompt(self, problem: Problem) -> list[int]:
         return self.encode(self.student_text.replace("{problem}", problem.question))  # no format(): LaTeX is full of {}
 
-
 def read_prompt(path: str, builtin: str, must_contain: str = "") -> str:
     """The text of a prompt file, or the built-in prompt where no file is given. Raises UserError."""
     if not path:
@@ -795,7 +748,6 @@ def read_prompt(path: str, builtin: str, must_contain: str = "") -> str:
     if not text.strip() or must_contain not in text:
         raise UserError(f"the prompt file {path} must contain {must_contain or 'some text'}")
     return text
-
 
 def load_model(path: str, config: Config) -> tuple:
     """(model, tokenizer) from the hub or a folder, in eval mode: bfloat16 on a GPU, float32 on a CPU (where bfloat16 is slow).
@@ -825,18 +777,15 @@ def load_model(path: str, config: Config) -> tuple:
         raise UserError(f"the model {path} has no end-of-sequence token, so its completions never end; take another")
     return model, tokenizer
 
-
 def snapshot(model) -> list[torch.Tensor]:
     """A copy of all weights in host memory. Tied weights (embedding and output layer) appear once."""
     return [p.detach().to("cpu", copy=True) for p in model.parameters()]
-
 
 @torch.no_grad()
 def restore(model, weights: list[torch.Tensor]) -> None:
     """Copy a snapshot back IN PLACE: whoever holds the parameters (an optimizer, a captured graph) sees the new values."""
     for p, w in zip(model.parameters(), weights, strict=True):
         p.copy_(w)
-
 
 def load_policy(path: str, config: Config, meter: Meter) -> Policy:
     model, tokenizer = load_model(path, config)
@@ -849,12 +798,10 @@ def load_policy(path: str, config: Config, meter: Meter) -> Policy:
         read_prompt(config.student_prompt, TINY_STUDENT_PROMPT if tiny else STUDENT_PROMPT, "{problem}"),
         config.chat, snapshot(model), meter)
 
-
 # `torchrun --nproc_per_node=N -- soar.py ...` starts N processes, one a GPU, which all run the same program. Students, samples
 # and the teacher's gradient are shared out; the rest each process computes for itself; only process 0 writes and prints.
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 _alone = RANKS == 1  # whether what runs now is one process's own job, in which it must not wait for the others
-
 
 def join_processes(config: Config) -> None:
     if RANKS > 1 and not dist.is_initialized():
@@ -865,14 +812,12 @@ def join_processes(config: Config) -> None:
     if RANK:
         sys.stdout = open(os.devnull, "w")
 
-
 def collectively(operation, *args) -> None:
     """One of torch.distributed's collective operations. Raises UserError when another process is gone."""
     try:
         operation(*args)
     except RuntimeError as error:
         raise UserError(f"another process has stopped, its message says why ({str(error).splitlines()[0][:80]})") from None
-
 
 def gather(value) -> list:
     """The value of every process, in all of them."""
@@ -881,7 +826,6 @@ def gather(value) -> list:
     values = [value] * RANKS
     collectively(dist.all_gather_object, values, value)
     return values
-
 
 def in_turn(jobs: int, work):
     """work(0), ..., work(jobs - 1), each computed by one process and given to all. Within work() nothing is shared again.
@@ -898,7 +842,6 @@ def in_turn(jobs: int, work):
         _alone = False
         yield from sum(gather(mine), [])
 
-
 def broadcast(policy: Policy, weights: list | None, source: int) -> list:
     """The weights that process `source` has, in all of them."""
     if RANKS == 1:
@@ -909,7 +852,6 @@ def broadcast(policy: Policy, weights: list | None, source: int) -> list:
         collectively(dist.broadcast, p.data, source)
     return snapshot(policy.model)
 
-
 def by_process_0(function):
     """For what writes files."""
     return (lambda *args: None) if RANK else function
@@ -917,12 +859,10 @@ def by_process_0(function):
 
 # ======== 6. Sampler: how are completions drawn, fast, and from exactly the policy that is trained? ===================
 
-
 def eos_ids(model) -> set[int]:
     """A SET: instruct models end a turn with any of several tokens."""
     ids = model.generation_config.eos_token_id
     return set(ids) if isinstance(ids, (list, tuple)) else {ids}
-
 
 def pick_tokens(logits, temperature: float, uniforms=None):
     """[B, V] logits, [B] uniforms u in [0, 1) -> [B] tokens: the inverse of the cumulative distribution at u. No u: greedy.
@@ -938,7 +878,6 @@ def pick_tokens(logits, temperature: float, uniforms=None):
         target = u[:, None] * cdf[:, -1:]  # [rows, 1]; rounding may leave the last entry a little off 1
         picked.append(torch.searchsorted(cdf, target, right=True)[:, 0].clamp_(max=cdf.shape[1] - 1))
     return torch.cat(picked)
-
 
 def row_cache(n: int, length: int):
     """A cache that is prefilled with P prompts, then holds n copies of each, up to `length` tokens long.
@@ -970,7 +909,6 @@ def row_cache(n: int, length: int):
 
     return Cache(layer_class_to_replicate=Layer)
 
-
 def prefill(model, prompts: list[list[int]], n: int, max_new_tokens: int):
     """Run each prompt once -> (logits [B, V] of the first new token, mask and positions [B, T + max_new_tokens], cache, T).
 
@@ -987,7 +925,6 @@ def prefill(model, prompts: list[list[int]], n: int, max_new_tokens: int):
     if not torch.isfinite(logits).all():
         raise UserError("the model's logits are NaN or infinite: its weights are damaged, or the learning rate was too high")
     return (*(x.repeat_interleave(n, 0) for x in (logits, mask, position)), cache, T)
-
 
 @torch.inference_mode()
 def generate(model, prompts: list[list[int]], n: int, max_new_tokens: int, temperature: float = 1.0, uniforms=None):
@@ -1025,14 +962,12 @@ def generate(model, prompts: list[list[int]], n: int, max_new_tokens: int, tempe
                        position_ids=position[:, now - 1:now], past_key_values=cache, use_cache=True).logits[:, -1]
     return tokens, lengths
 
-
 @dataclass
 class Rollout:
     prompt: list[int]
     completion: list[int]  # the sampled ids, with EOS: never decoded and encoded again, which can give other tokens
     text: str  # of the completion, without EOS
     truncated: bool  # the limit came before EOS
-
 
 def sample(policy: Policy, prompts: list[list[int]], n: int, max_new_tokens: int, config: Config, generator=None):
     """n rollouts of each prompt -> list of them, prompt by prompt; no generator: greedy. At most --sample-rows side by side."""
@@ -1059,7 +994,6 @@ def sample(policy: Policy, prompts: list[list[int]], n: int, max_new_tokens: int
         policy.meter.tokens["sampled"] += sum(len(rollout.completion) for rollout in rollouts)
     return rollouts
 
-
 def solve(policy: Policy, problems: list[Problem], n: int, config: Config, generator=None):
     """n attempts at each problem by the live model -> (rollouts, float64 rewards [B]), B = len(problems) * n.
 
@@ -1071,14 +1005,12 @@ def solve(policy: Policy, problems: list[Problem], n: int, config: Config, gener
         rewards = [student_reward(rollout.text, problems[i // n].answer) for i, rollout in enumerate(rollouts)]
     return rollouts, torch.tensor(rewards, dtype=torch.float64)
 
-
 def greedy_right(policy: Policy, problems: list[Problem], config: Config):
     """[len(problems)] float64: 1 where the live model's greedy answer is right. Greedy, because it has no sampling noise."""
     return (solve(policy, problems, 1, config)[1] == RIGHT).double()
 
 
 # ======== 7. The hard set: which problems does the base model never solve? ============================================
-
 
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Chance that k of n samples, c of them right, contain a right one: 1 - C(n-c, k) / C(n, k), as a product.
@@ -1088,7 +1020,6 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     """
     return 1.0 - math.prod((n - c - i) / (n - i) for i in range(k))
 
-
 @by_process_0
 def write_text(path: Path, text: str) -> None:
     """All or nothing: a run killed while writing leaves the old file."""
@@ -1097,10 +1028,8 @@ def write_text(path: Path, text: str) -> None:
     temporary.write_text(text)
     os.replace(temporary, path)
 
-
 def write_json(path: Path, value) -> None:
     write_text(path, json.dumps(value, indent=1))
-
 
 def hard_problems(policy: Policy, pool: list[Problem], config: Config) -> list[Problem]:
     """fail@k: the problems of the pool that the live model fails k times of k (paper, section 4).
@@ -1132,7 +1061,6 @@ def hard_problems(policy: Policy, pool: list[Problem], config: Config) -> list[P
         write_json(path, {"done": first + 32, "hard": hard})
     return [pool[i] for i in hard]
 
-
 def split_hard(problems: list[Problem], config: Config) -> tuple[list[Problem], list[Problem]]:
     """50/50 at random into train (the teacher's reward) and test (the final table). Raises UserError when too few."""
     if len(problems) < 2:
@@ -1148,7 +1076,6 @@ def split_hard(problems: list[Problem], config: Config) -> tuple[list[Problem], 
 # the weight by a whole spacing with probability 1e-5 / 1e-4: right on average, at no extra memory (12 bytes a weight in all;
 # float32 master weights would cost 16).
 
-
 def stochastic_round(x, generator):
     """float32 -> bfloat16, up or down with probabilities that make the expectation exact.
 
@@ -1157,12 +1084,10 @@ def stochastic_round(x, generator):
     noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
     return ((x.view(torch.int32) + noise) & -0x10000).view(torch.float32).to(torch.bfloat16)
 
-
 def adamw_state(model) -> dict:
     """Moments of a fresh optimizer."""
     zeros = lambda: [torch.zeros_like(p, dtype=torch.float32) for p in model.parameters()]
     return {"t": 0, "m": zeros(), "v": zeros()}
-
 
 @torch.no_grad()
 def adamw_step(model, state: dict, lr: float, config: Config, generator=None, betas=(0.9, 0.999)) -> float:
@@ -1188,7 +1113,6 @@ def adamw_step(model, state: dict, lr: float, config: Config, generator=None, be
         p.grad = None
     return norm
 
-
 def learning_rate(peak: float, step: int, total: int, warmup: int) -> float:
     """Linear warm-up, then a cosine from `peak` at step `warmup` to 0 at `total` (steps count from 0).
 
@@ -1202,7 +1126,6 @@ def learning_rate(peak: float, step: int, total: int, warmup: int) -> float:
 
 # ======== 9. RLOO: which way do rewards push the weights? =============================================================
 
-
 def rloo_advantages(rewards, group_size: int):
     """REINFORCE leave-one-out: A_i = r_i - mean of the other rewards of its group; [B] -> [B], groups are consecutive.
 
@@ -1214,7 +1137,6 @@ def rloo_advantages(rewards, group_size: int):
     """
     groups = rewards.view(-1, group_size)  # [B/G, G]
     return (groups - (groups.sum(1, keepdim=True) - groups) / (group_size - 1)).flatten()
-
 
 def completion_logprobs(model, rollouts: list[Rollout], temperature: float, rows: int = 512):
     """[B] float32: ln p(completion | prompt) of each rollout, at the temperature that it was sampled with.
@@ -1241,7 +1163,6 @@ def completion_logprobs(model, rollouts: list[Rollout], temperature: float, rows
     row = is_action[:, 1:].nonzero()[:, 0]  # [N]: whose token it is
     return torch.zeros(B, device=model.device).index_add(0, row, logprobs)
 
-
 def micro_batches(rollouts: list[Rollout], budget: int):
     """Index lists that fit in `budget` padded tokens each (one rollout always fits), similar lengths together."""
     length = lambda i: len(rollouts[i].prompt) + len(rollouts[i].completion)
@@ -1253,7 +1174,6 @@ def micro_batches(rollouts: list[Rollout], budget: int):
         batch.append(i)
     if batch:
         yield batch
-
 
 def policy_update(policy: Policy, rollouts: list[Rollout], advantages, state: dict, lr: float, config: Config,
                   generator=None) -> dict:
@@ -1303,7 +1223,6 @@ VOCABULARY = ["<pad>", "<eos>", "<unk>", "User:", "Assistant:", "Teacher:", "<qu
 # The initial weights matter most: with transformers' default of 0.02, made for wide models, learning took over twice as long.
 PRETRAIN = {"steps": 500, "batch": 96, "lr": 5e-3, "betas": (0.9, 0.99), "init": 0.1, "forum": 0.65, "micro_tokens": 1024}
 
-
 def tiny_tokenizer(folder: Path):
     """Whole words as tokens, as an ordinary tokenizer file."""
     from transformers import PreTrainedTokenizerFast
@@ -1313,7 +1232,6 @@ def tiny_tokenizer(folder: Path):
         "decoder": None, "pre_tokenizer": {"type": "WhitespaceSplit"},
         "model": {"type": "WordLevel", "vocab": {word: i for i, word in enumerate(VOCABULARY)}, "unk_token": "<unk>"}}))
     return PreTrainedTokenizerFast(tokenizer_file=str(file), pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-
 
 def pretrain(model, tokenizer, world, seed: int) -> None:
     """Next-token training on both kinds of text. No loss on prompts: the questions of forum posts are random numbers."""
@@ -1334,7 +1252,6 @@ def pretrain(model, tokenizer, world, seed: int) -> None:
             total += loss.item()
         adamw_step(model, state, learning_rate(PRETRAIN["lr"], step, PRETRAIN["steps"], 20), Config(), betas=PRETRAIN["betas"])
         bar.set_postfix(loss=f"{total:.3f}", refresh=False)
-
 
 def tiny_base_model(config: Config) -> str:
     """The folder of the tiny world's base model (Llama, 2 layers, about 93,000 weights), trained on the first call."""
@@ -1365,14 +1282,12 @@ def tiny_base_model(config: Config) -> str:
 
 # ======== 11. Inner loop: what does a student do with a dataset? ======================================================
 
-
 def epochs(dataset: list[Problem], steps: int, batch: int, generator) -> list[list[Problem]]:
     """`steps` batches: the dataset over and over, each time in a new order; a batch may span two epochs."""
     order = []
     while len(order) < steps * batch:
         order += torch.randperm(len(dataset), generator=generator).tolist()
     return [[dataset[i] for i in order[step * batch:(step + 1) * batch]] for step in range(steps)]
-
 
 def train_student(policy: Policy, batches: list[list[Problem]], config: Config, key: tuple,
                   after_step=lambda step, figures: None, moments: dict | None = None, start: int = 0) -> list[dict]:
@@ -1399,7 +1314,6 @@ def train_student(policy: Policy, batches: list[list[Problem]], config: Config, 
 
 # ======== 12. Teacher: how does a problem get accepted, and why is throwing the others away no bias? ==================
 
-
 def parse_problem(text: str) -> Problem | None:
     """The problem in a teacher's completion, or None unless (paper, section 3) question and answer tags open and close, the
     answer has a box, and the verifier can read what is in it.
@@ -1412,7 +1326,6 @@ def parse_problem(text: str) -> Problem | None:
         return None
     boxed = extract_boxed(found[2])
     return Problem(found[1].strip(), boxed.strip()) if boxed is not None and parses(boxed) else None
-
 
 def propose(policy: Policy, count: int, config: Config, generator) -> tuple[list[tuple[Rollout, Problem]], dict]:
     """Sample the live model as the teacher until `count` problems are accepted -> (accepted, figures). UserError if hopeless.
@@ -1438,7 +1351,6 @@ def propose(policy: Policy, count: int, config: Config, generator) -> tuple[list
 
 # ======== 13. Reward and promotion: what is the teacher paid for, and when does the student keep what it learnt? ======
 
-
 @dataclass
 class State:
     """All that passes from one outer step to the next; the checkpoint is this and nothing else."""
@@ -1453,7 +1365,6 @@ class State:
     questions: list[dict] = field(default_factory=list)  # every problem of the teacher
     promotion_questions: list[dict] = field(default_factory=list)  # D_best
 
-
 def median_student(rewards: list[float]) -> int:
     """Index of the median; of the two middle ones the better, or with r = 2 the average student would always be the worse.
 
@@ -1461,7 +1372,6 @@ def median_student(rewards: list[float]) -> int:
     (2, 2)
     """
     return sorted(range(len(rewards)), key=rewards.__getitem__)[len(rewards) // 2]
-
 
 def promotion_due(history: list[float], config: Config) -> bool:
     """Is the mean of the last `window` steps' mean rewards above tau? (Algorithm 1)
@@ -1471,7 +1381,6 @@ def promotion_due(history: list[float], config: Config) -> bool:
     """
     recent = history[-config.window:]
     return config.promotion and len(recent) == config.window and sum(recent) / config.window > config.tau
-
 
 def grounded_rewards(policy: Policy, datasets: list[list[Problem]], questions: list[Problem], state: State, config: Config):
     """Algorithm 1, step 2: train r students a dataset and measure what they gained on the M hard `questions`.
@@ -1511,9 +1420,7 @@ def grounded_rewards(policy: Policy, datasets: list[list[Problem]], questions: l
     figures = {name: float(np.mean([log[name] for log in logs])) for name in logs[0]}
     return gains.mean(-1), errors, champion, figures | {"accuracy_before": before.mean().item()}
 
-
 LEARNABILITY_SAMPLES = 32  # completions a problem (paper, section 5)
-
 
 def learnability_rewards(policy: Policy, datasets: list[list[Problem]], state: State, config: Config):
     """The Intrinsic-T baseline: no student trains; a problem is worth 1 - s, s the student's success rate, or 0 if s = 0.
@@ -1534,7 +1441,6 @@ def learnability_rewards(policy: Policy, datasets: list[list[Problem]], state: S
 # the step from the last checkpoint and, all randomness being a function of (seed, step), writes the same files again.
 
 RESUMABLE = ("resume", "out", "sample_rows", "micro_tokens", "checkpointing", "threads", "cache", "device")  # may differ then
-
 
 def check_folder(config: Config) -> None:
     """Raises UserError when --out holds something that this command must not touch or cannot continue."""
@@ -1559,20 +1465,17 @@ def check_folder(config: Config) -> None:
     if other:
         raise UserError(f"{folder} was made with other flags ({', '.join(other)}); give the same ones, or choose another --out")
 
-
 @by_process_0
 def save_whole(path: Path, value: dict) -> None:
     """torch.save, all or nothing: there is always one whole checkpoint."""
     torch.save(value, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
-
 def save_checkpoint(folder: Path, state: State) -> None:
     for name in ("log", "questions", "promotion_questions"):
         if rows := getattr(state, name):
             write_text(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     save_whole(folder / "checkpoint.pt", vars(state))
-
 
 def load_checkpoint(folder: Path) -> State | None:
     """The state after the last complete step, or None. Raises UserError when it is damaged."""
@@ -1581,7 +1484,6 @@ def load_checkpoint(folder: Path) -> State | None:
         return State(**torch.load(path, weights_only=True)) if path.exists() else None
     except Exception:  # a zip error, a pickle error, a missing key: torch.load raises all of them
         raise UserError(f"{path} is damaged; put a copy back, or start again with another --out") from None
-
 
 @by_process_0
 def save_model(policy: Policy, folder: Path) -> None:
@@ -1596,7 +1498,6 @@ def save_model(policy: Policy, folder: Path) -> None:
 
 # ======== 15. Outer loop: how do the parts make Algorithm 1? ==========================================================
 
-
 def promote(policy: Policy, champion: tuple, datasets, hard_train: list[Problem], state: State, config: Config) -> dict:
     """Algorithm 1, step 3: the champion becomes the baseline, its dataset joins D_best; the best one so far is kept on disk."""
     k, j, state.baseline = champion
@@ -1609,7 +1510,6 @@ def promote(policy: Policy, champion: tuple, datasets, hard_train: list[Problem]
         save_model(policy, Path(config.out) / "student")
     return {"dataset": k, "student": j, "accuracy": accuracy}
 
-
 def teacher_update(policy: Policy, rollouts: list[Rollout], advantages, state: State, lr: float, config: Config) -> dict:
     """Algorithm 1, step 4, on the live model. The teacher's moments are on its device only now: students have their own."""
     device = policy.model.device
@@ -1619,7 +1519,6 @@ def teacher_update(policy: Policy, rollouts: list[Rollout], advantages, state: S
     figures = policy_update(policy, rollouts, advantages, moments, lr, config, rounding)
     state.moments, state.teacher = move(moments, "cpu"), snapshot(policy.model)
     return figures
-
 
 def outer_step(policy: Policy, hard_train: list[Problem], state: State, config: Config) -> dict:
     """One step of Algorithm 1, in place on `state` -> its row of the log, which is in state.log, too."""
@@ -1659,7 +1558,6 @@ def outer_step(policy: Policy, hard_train: list[Problem], state: State, config: 
 
 # ======== 16. Main: what does a person see? ===========================================================================
 
-
 def check_context(policy: Policy, pool: list[Problem], config: Config) -> None:
     """Raises UserError when a prompt and its completion would not fit into the model's context."""
     context = getattr(policy.model.config, "max_position_embeddings", None) or math.inf
@@ -1672,7 +1570,6 @@ def check_context(policy: Policy, pool: list[Problem], config: Config) -> None:
         if tokens > context:
             raise UserError(f"{what} needs {tokens} tokens with its completion, and the model's context has {context}; "
                             f"lower {flag}, or leave the long problem out")
-
 
 def print_plan(pool: list[Problem], policy: Policy, config: Config) -> None:
     """What is going to happen and what it costs, before it starts."""
@@ -1692,7 +1589,6 @@ The reward is the share of the hard questions that a student gains by training o
 the training did harm. When its moving average exceeds tau, the student is promoted: later students start from it.
 """, flush=True)
 
-
 def print_step(row: dict, example: str) -> None:
     best = max(np.mean(rewards) for rewards in row["rewards"])
     line = (f"step {row['step']:3d}  reward {row['reward']:+.3f}  best dataset {best:+.3f}  "
@@ -1706,7 +1602,6 @@ def print_step(row: dict, example: str) -> None:
     tqdm.write(line + example, file=sys.stdout)
     sys.stdout.flush()
 
-
 def show_example(policy: Policy, state: State, config: Config) -> str:
     """The teacher's last problem in full, and the baseline student's greedy attempt at it."""
     question = state.questions[-1]
@@ -1716,14 +1611,11 @@ def show_example(policy: Policy, state: State, config: Config) -> str:
     return (f"\n    teacher: {indent(question['question'])}\n    answer:  {indent(question['answer'])}\n"
             f"    student: {indent(attempt)}")
 
-
 KS = (1, 4, 8, 16, 32)  # of pass@k (paper)
-
 
 def right_counts(policy: Policy, problems: list[Problem], n: int, config: Config, generator) -> list[int]:
     """How many of n attempts of the live model are right, for each problem."""
     return (solve(policy, problems, n, config, generator)[1] == RIGHT).view(-1, n).sum(1).tolist()
-
 
 def measure(policy: Policy, problems: list[Problem], config: Config) -> dict:
     """Greedy accuracy and mean pass@k of the live model, k = 1, 4, 8, 16, 32 as far as --eval-samples allows."""
@@ -1732,12 +1624,10 @@ def measure(policy: Policy, problems: list[Problem], config: Config) -> dict:
     result = {"greedy": greedy_right(policy, problems, config).mean().item()}
     return result | {f"pass@{k}": float(np.mean([pass_at_k(n, c, k) for c in right])) for k in KS if k <= n}
 
-
 def print_table(title: str, rows: dict[str, dict[str, float]]) -> None:
     print(f"\n{title}\n{'':18}" + "".join(f"{column:>10}" for column in next(iter(rows.values()))))
     for name, row in rows.items():
         print(f"{name:18}" + "".join(f"{value:10.1%}" for value in row.values()))
-
 
 def report(policy: Policy, hard_test: list[Problem], state: State, config: Config) -> None:
     """The closing tables, also written to report.json."""
@@ -1757,7 +1647,6 @@ def report(policy: Policy, hard_test: list[Problem], state: State, config: Confi
     print(f"\n{state.promotions} promotion(s), {len(state.promotion_questions)} promotion questions; see {config.out}/"
           + "\nNo student was promoted, so the student is still the base model." * (not state.promotions))
 
-
 def prepare(config: Config, meter: Meter) -> tuple[Policy, list[Problem]]:
     """The policy and the pool of problems. Raises UserError."""
     if config.threads:
@@ -1771,7 +1660,6 @@ def prepare(config: Config, meter: Meter) -> tuple[Policy, list[Problem]]:
     policy = load_policy(tiny_base_model(config) if config.model == "tiny" else config.model, config, meter)
     check_context(policy, pool, config)
     return policy, pool
-
 
 def run(config: Config, meter: Meter) -> None:
     """Everything, from the flags to the closing table. Raises UserError."""
@@ -1801,7 +1689,6 @@ def run(config: Config, meter: Meter) -> None:
     save_model(policy, folder / "teacher")
     report(policy, hard_test, state, config)
 
-
 def peak_memory_gb(device) -> float:
     """Of the GPU, or of this process on a CPU (0 where the system does not tell)."""
     if device.type == "cuda":
@@ -1812,13 +1699,11 @@ def peak_memory_gb(device) -> float:
         return 0.0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
-
 def quiet_libraries() -> None:
     import transformers  # late: --help and most mistakes need not wait for it
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-
 
 def guarded(program: str, work, meter: Meter, again: list[str]) -> int:
     """work() as an exit code: 0; 2 after a mistake that the user can mend, said in one sentence; 130 after Ctrl-C.
@@ -1842,7 +1727,6 @@ def guarded(program: str, work, meter: Meter, again: list[str]) -> int:
         print(f"\n{program}: interrupted; all complete steps are saved, continue with: {shlex.join(again)}", file=sys.stderr)
         return 130
 
-
 def main(argv: list[str] | None = None) -> int:
     argv, meter = sys.argv[1:] if argv is None else argv, Meter()
 
@@ -1852,7 +1736,6 @@ def main(argv: list[str] | None = None) -> int:
         run(config, meter)
 
     return guarded("soar", work, meter, ["python", "soar.py", *argv] + ["--resume"] * ("--resume" not in argv))
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -410,7 +410,8 @@ def train_and_measure(run: Run, batches, config: Config, settings: Settings, key
         bar.update()
         if step + 1 in stops:
             point(step + 1)
-            soar.save_whole(path, {"weights": soar.snapshot(model), "moments": moments, "result": json.dumps(result)})
+            state = {"weights": soar.snapshot(model), "moments": moments, "result": json.dumps(result)}
+            soar.write_whole(path, lambda file: torch.save(state, file))
 
     if not result["points"]:
         point(0)
@@ -803,7 +804,7 @@ def evaluate(folders: list[Path], settings: Settings) -> None:
     soar.write_json(out / "eval.json", {
         "settings": dataclasses.asdict(settings), "dataset": dataset, "methods": methods, "questions": about,
         "runs": [{name: run[name] for name in ("folder", "kind", "rollouts")} for run in runs]})
-    soar.write_text(out / "eval.md", text + "\n")
+    soar.write_whole(out / "eval.md", lambda file: file.write_text(text + "\n"))
     if settings.plot:
         plot(out / "eval.png", students, runs, settings.samples)
     print(f"\nPercent of the hard test problems of {dataset}, mean ± SD over runs and seeds [the paper's figure]\n\n{text}\n\n"

@@ -15,19 +15,20 @@ trains on them, and the teacher is paid by how much better the student then does
     4.  RLOO: phi is moved towards the datasets whose R_k is above that of the others
     return D_best, theta
 
-What to type (times: README.md):
-    python soar.py                              the whole algorithm on a built-in tiny world, on a laptop, in minutes
-    python soar.py --dataset math               real problems from the hub, sized for one GPU with 16-24 GB
+What to type (times and memory: README.md):
+    python soar.py                                   all of it on a built-in tiny world, on a laptop, in minutes
+    python soar.py --dataset math                    real problems from the hub, sized for one GPU with 16-24 GB
     python soar.py --dataset math --preset paper     Table 3 of the paper: weeks on one GPU
     python soar.py --dataset FILE.jsonl --model DIR  your problems (fields problem and answer), your model
-    torchrun --nproc_per_node=8 -- soar.py ...  the same on 8 GPUs, which share the students, the samples and the update
-    python soar.py --help                       every knob, its default and where the default comes from
+    torchrun --nproc_per_node=8 -- soar.py ...       the same on 8 GPUs, which share the students, the samples and the update
+    python soar.py --help                            every knob, its default and where the default comes from
 
 Simplified from the paper: one live model a process, in which teacher and students take turns; one update a batch, so exactly
 on-policy, with no importance ratio and no clipping of it.
 
 Contents: 1 Config, 2 Verifier, 3 Problems, 4 The tiny world, 5 Policy, 6 Sampler, 7 The hard set, 8 Optimizer, 9 RLOO,
 10 The tiny world's base model, 11 Inner loop, 12 Teacher, 13 Reward and promotion, 14 The run folder, 15 Outer loop, 16 Main.
+Read from the top; in a hurry, read 9, 11, 12, 13 and 15, which are SOAR. The others are what makes it run.
 """
 from __future__ import annotations
 
@@ -47,6 +48,7 @@ import re
 import shlex
 import shutil
 import sys
+import textwrap
 import time
 import zlib
 from collections import Counter
@@ -136,6 +138,9 @@ PRESETS = {
               "teacher_tokens": 96, "k": 2, "pool": 16, "reward_questions": 4, "eval_samples": 2, "sample_rows": 16,
               "micro_tokens": 2048},
 }
+LEAST = {"temperature": 0.01, "datasets": 2, "group": 2} | dict.fromkeys(("seed", "data_seed", "tau"), -math.inf) | dict.fromkeys(
+    "steps n k groups batch inner_steps repeats reward_questions window sample_rows micro_tokens eval_samples teacher_tokens "
+    "student_tokens".split(), 1)  # of all other numbers: 0
 
 def config_help(settings: type) -> dict[str, dict[str, str]]:
     """{section: {field: comment}}, read from a dataclass's source, so that a comment and its --help never differ."""
@@ -147,6 +152,9 @@ def config_help(settings: type) -> dict[str, dict[str, str]]:
             current[entry[1]] = entry[2]
     return sections
 
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
 def parse_flags(parser: argparse.ArgumentParser, settings: type, argv: list[str]) -> dict:
     """The flags that were given, {field: value}: every field of the dataclass is a flag. Raises UserError."""
     def fail(message):
@@ -157,13 +165,13 @@ def parse_flags(parser: argparse.ArgumentParser, settings: type, argv: list[str]
         for name, comment in entries.items():
             default = getattr(settings, name)
             kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type(default)}
-            section.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS,
-                                 help=f"{comment} [{default}]".replace("%", "%%"), **kind)
+            section.add_argument(flag(name), default=argparse.SUPPRESS, help=f"{comment} [{default}]".replace("%", "%%"), **kind)
     return vars(parser.parse_args(argv))
 
 def parse_config(argv: list[str]) -> Config:
     """Command line -> Config. Flags win over the preset, the preset over the defaults. Raises UserError on bad values."""
-    presets = "\n".join(f"  {name:6}" + " ".join(f"{k}={v}" for k, v in preset.items()) for name, preset in PRESETS.items())
+    presets = "\n".join(textwrap.fill(f"  {name:6}" + " ".join(f"{k}={v}" for k, v in preset.items()), 100,
+                                      subsequent_indent=" " * 8) for name, preset in PRESETS.items())
     flags = parse_flags(argparse.ArgumentParser(
         usage="python soar.py [--dataset NAME] [--preset NAME] [flags]", allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -176,23 +184,15 @@ def parse_config(argv: list[str]) -> Config:
         raise UserError(f"--preset {preset} does not exist; choose one of {', '.join(PRESETS)}")
     config = Config(**PRESETS[preset] | flags | {"preset": preset})
     config.out = config.out or f"runs/{Path(config.dataset).stem}-{config.seed}"
-    check_config(config)
-    return config
-
-def check_config(config: Config) -> None:
-    """Raise UserError for the first value that cannot work, before anything is computed."""
-    at_least_1 = ("k steps groups n inner_steps batch repeats reward_questions window sample_rows micro_tokens eval_samples "
-                  "teacher_tokens student_tokens").split()
-    least = dict.fromkeys(at_least_1, 1) | dict(datasets=2, group=2, temperature=0.01) | dict.fromkeys(
-        ("seed", "data_seed", "tau"), -math.inf)  # of all other numbers: 0
     for name, value in vars(config).items():
-        bound = least.get(name, 0)
-        if isinstance(value, (int, float)) and not bound <= value < math.inf:  # so NaN is refused, too
-            raise UserError(f"--{name.replace('_', '-')} must be a finite number" + f", at least {bound}" * (bound >= 0))
+        least = LEAST.get(name, 0)
+        if isinstance(value, (int, float)) and not least <= value < math.inf:  # so NaN is refused, too
+            raise UserError(f"{flag(name)} must be a finite number" + f", at least {least}" * (least >= 0))
     if config.reward not in ("grounded", "learnability"):
         raise UserError("--reward must be one of grounded, learnability")
     if (config.dataset == "tiny") != (config.model == "tiny"):
         raise UserError("the tiny data set and the tiny model belong together: give both or neither of them")
+    return config
 
 def fingerprint(*key) -> str:
     """Sixteen hex digits that name `key` (anything with a stable repr): file names of caches, seeds of generators."""
@@ -533,14 +533,17 @@ class Problem:
     question: str
     answer: str  # LaTeX, without \boxed{} and without $
 
+def read_text(path: str, what: str) -> str:
+    """The text of a file that the user has named. Raises UserError."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} ({error}); {what}") from None
+
 def read_jsonl(path: str) -> list[Problem]:
     """One JSON object a line, fields `problem` (or `question`) and `answer`. Raises UserError that names the bad line."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut at U+2028 inside a string
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}; --dataset takes tiny, math, harp, olympiad or a JSONL file") from None
-    problems = []
-    for number, line in enumerate(lines, start=1):
+    problems, text = [], read_text(path, "--dataset takes tiny, math, harp, olympiad or a JSONL file in UTF-8")
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would cut at U+2028 inside a string
         if not line.strip():
             continue
         try:
@@ -556,21 +559,24 @@ def read_jsonl(path: str) -> list[Problem]:
         raise UserError(f"{path} holds no problems")
     return problems
 
+HUB = {  # name: (arguments of load_dataset, how a row becomes question and answer)
+    # MATH's TEST split: models have memorised part of the train split (paper, section 4).
+    "math": ({"path": "DigitalLearningGmbH/MATH-lighteval", "split": "test"},
+             lambda row: (row["problem"], extract_boxed(row["solution"]))),
+    "harp": ({"path": "json", "data_files": "https://github.com/aadityasingh/HARP/raw/main/HARP.jsonl.zip", "split": "train"},
+             lambda row: (row["problem"], row["answer"])),
+    "olympiad": ({"path": "Hothan/OlympiadBench", "name": "OE_TO_maths_en_COMP", "split": "train"},
+                 lambda row: (row["question"], row["final_answer"][0])),
+}
+
 def load_problems(dataset: str) -> list[Problem]:
     """The pool of a real data set. Raises UserError when the file is bad or the hub cannot be reached."""
-    if dataset not in ("math", "harp", "olympiad"):
+    if dataset not in HUB:
         return read_jsonl(dataset)
-    from datasets import load_dataset  # only here: a run on a file needs no hub library
+    source, pair = HUB[dataset]
     try:
-        if dataset == "math":  # the TEST split: models have memorised part of the train split (paper, section 4)
-            rows = load_dataset("DigitalLearningGmbH/MATH-lighteval", split="test")
-            pairs = [(row["problem"], extract_boxed(row["solution"])) for row in rows]
-        elif dataset == "harp":
-            url = "https://github.com/aadityasingh/HARP/raw/main/HARP.jsonl.zip"
-            pairs = [(row["problem"], row["answer"]) for row in load_dataset("json", data_files=url, split="train")]
-        else:
-            rows = load_dataset("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", split="train")
-            pairs = [(row["question"], row["final_answer"][0]) for row in rows]
+        from datasets import load_dataset  # only here: a run on a file needs no hub library
+        pairs = [pair(row) for row in load_dataset(**source)]
     except Exception as error:  # the hub's libraries raise dozens of kinds
         raise UserError(f"cannot load {dataset} from the hub ({type(error).__name__}); "
                         "check the network, or give a local file with --dataset FILE.jsonl") from None
@@ -610,9 +616,8 @@ CHAPTERS = ("products", "products", "sums", "ambiguous")
 
 def make_world(seed: int) -> dict[tuple[int, int], int]:
     """The crowd's misconceptions {(a, b): a wrong product}: four fifths of the products of 4..9, off by a factor, one or ten."""
-    rng = random.Random(f"world {seed}")
+    rng, world = random.Random(f"world {seed}"), {}
     facts = [(x, y) for x in range(4, 10) for y in range(x, 10)]  # 21
-    world = {}
     for x, y in rng.sample(facts, round(0.8 * len(facts))):
         misses = {x * y + d for d in (x, -x, y, -y, 1, -1, 10, -10)} - {x * y}
         world[x, y] = rng.choice(sorted(misses))
@@ -699,6 +704,8 @@ three steps. Then solve it yourself. Give the result in exactly this form, with 
 """
 TINY_TEACHER_PROMPT, TINY_STUDENT_PROMPT = "Teacher:", "User: {problem} Assistant:"
 
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's: which process of how many
+
 class Meter:
     """Seconds by phase and tokens by kind of one outer step, and the phase in which an error happened."""
 
@@ -723,6 +730,7 @@ class Policy:
     chat: bool
     base: list[torch.Tensor]  # the weights that the run starts from, in host memory
     meter: Meter
+    alone: bool = RANKS == 1  # whether what runs now is one process's own job, in which it must not wait for the others
 
     def encode(self, text: str) -> list[int]:
         if not self.chat:
@@ -739,12 +747,7 @@ class Policy:
 
 def read_prompt(path: str, builtin: str, must_contain: str = "") -> str:
     """The text of a prompt file, or the built-in prompt where no file is given. Raises UserError."""
-    if not path:
-        return builtin
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompt file {path}: {error}") from None
+    text = read_text(path, "it should hold a prompt in UTF-8") if path else builtin
     if not text.strip() or must_contain not in text:
         raise UserError(f"the prompt file {path} must contain {must_contain or 'some text'}")
     return text
@@ -756,24 +759,21 @@ def load_model(path: str, config: Config) -> tuple:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    first_line = lambda error: str(error).strip().split("\n")[0]
     try:
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device} does not work here ({first_line(error)}); leave the flag out") from None
-    try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
         model = model.to(device).eval()
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # missing, gated, offline, truncated: transformers raises all kinds
-        raise UserError(f"the model {path} cannot be loaded ({first_line(error)}); give a complete local folder, or a hub id "
-                        "(needs the network once and, if the model is gated, a login)") from None
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"the model {path} cannot be loaded with --device {device} ({reason}); give a complete local folder, or "
+                        "a hub id (needs the network once and, if the model is gated, a login)") from None
     assert getattr(model.config, "attention_dropout", 0.0) == 0.0  # else training would not be on-policy
-    if model.generation_config.eos_token_id is None:
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
-    if model.generation_config.eos_token_id is None:
+    ends = model.generation_config
+    ends.eos_token_id = ends.eos_token_id or tokenizer.eos_token_id
+    if ends.eos_token_id is None:
         raise UserError(f"the model {path} has no end-of-sequence token, so its completions never end; take another")
     return model, tokenizer
 
@@ -791,17 +791,13 @@ def load_policy(path: str, config: Config, meter: Meter) -> Policy:
     model, tokenizer = load_model(path, config)
     if config.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    tiny = config.dataset == "tiny"
-    return Policy(
-        model, copy.deepcopy(model) if config.kl else None, tokenizer,
-        read_prompt(config.teacher_prompt, TINY_TEACHER_PROMPT if tiny else TEACHER_PROMPT),
-        read_prompt(config.student_prompt, TINY_STUDENT_PROMPT if tiny else STUDENT_PROMPT, "{problem}"),
-        config.chat, snapshot(model), meter)
+    builtin = (TINY_TEACHER_PROMPT, TINY_STUDENT_PROMPT) if config.dataset == "tiny" else (TEACHER_PROMPT, STUDENT_PROMPT)
+    return Policy(model, copy.deepcopy(model) if config.kl else None, tokenizer,
+                  read_prompt(config.teacher_prompt, builtin[0]), read_prompt(config.student_prompt, builtin[1], "{problem}"),
+                  config.chat, snapshot(model), meter)
 
-# `torchrun --nproc_per_node=N -- soar.py ...` starts N processes, one a GPU, which all run the same program. Students, samples
-# and the teacher's gradient are shared out; the rest each process computes for itself; only process 0 writes and prints.
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-_alone = RANKS == 1  # whether what runs now is one process's own job, in which it must not wait for the others
+# -- Many GPUs. `torchrun --nproc_per_node=N -- soar.py ...` starts N processes, one a GPU, which all run the same program.
+# Students, samples and the teacher's gradient are shared out; the rest each computes for itself; process 0 writes and prints.
 
 def join_processes(config: Config) -> None:
     if RANKS > 1 and not dist.is_initialized():
@@ -812,45 +808,35 @@ def join_processes(config: Config) -> None:
     if RANK:
         sys.stdout = open(os.devnull, "w")
 
-def collectively(operation, *args) -> None:
-    """One of torch.distributed's collective operations. Raises UserError when another process is gone."""
-    try:
-        operation(*args)
-    except RuntimeError as error:
-        raise UserError(f"another process has stopped, its message says why ({str(error).splitlines()[0][:80]})") from None
-
 def gather(value) -> list:
     """The value of every process, in all of them."""
-    if _alone:
-        return [value]
     values = [value] * RANKS
-    collectively(dist.all_gather_object, values, value)
+    if RANKS > 1:
+        dist.all_gather_object(values, value)
     return values
-
-def in_turn(jobs: int, work):
-    """work(0), ..., work(jobs - 1), each computed by one process and given to all. Within work() nothing is shared again.
-
-    A result must depend on its number alone, and not on the work before it: then N processes come to the same as one.
-    """
-    global _alone
-    if _alone:
-        yield from map(work, range(jobs))
-        return
-    for first in range(0, jobs, RANKS):
-        _alone = True
-        mine = [work(first + RANK)] if first + RANK < jobs else []
-        _alone = False
-        yield from sum(gather(mine), [])
 
 def broadcast(policy: Policy, weights: list | None, source: int) -> list:
     """The weights that process `source` has, in all of them."""
     if RANKS == 1:
         return weights
-    if RANK == source:
-        restore(policy.model, weights)
+    restore(policy.model, weights or policy.base)
     for p in policy.model.parameters():
-        collectively(dist.broadcast, p.data, source)
+        dist.broadcast(p.data, source)
     return snapshot(policy.model)
+
+def in_turn(policy: Policy, jobs: int, work):
+    """work(0), ..., work(jobs - 1), each computed by one process and given to all. Within work() nothing is shared again.
+
+    A result must depend on its number alone, and not on the work before it: then N processes come to the same as one.
+    """
+    if policy.alone:
+        yield from map(work, range(jobs))
+        return
+    for first in range(0, jobs, RANKS):
+        policy.alone = True
+        mine = [work(first + RANK)] if first + RANK < jobs else []
+        policy.alone = False
+        yield from sum(gather(mine), [])
 
 def by_process_0(function):
     """For what writes files."""
@@ -973,7 +959,7 @@ def sample(policy: Policy, prompts: list[list[int]], n: int, max_new_tokens: int
     """n rollouts of each prompt -> list of them, prompt by prompt; no generator: greedy. At most --sample-rows side by side."""
     B, eos = len(prompts) * n, eos_ids(policy.model)
     uniforms = None if generator is None else torch.rand(B, max_new_tokens, generator=generator)
-    side_by_side = config.sample_rows if _alone else min(config.sample_rows, math.ceil(B / RANKS))
+    side_by_side = config.sample_rows if policy.alone else min(config.sample_rows, math.ceil(B / RANKS))
     # A part is some prompts with all n rows of each or, where n alone is too wide, one prompt with some of its rows.
     step, width = max(1, side_by_side // n), min(n, side_by_side)
     parts = [(prompts[i:i + step], i * n + j, min(n - j, width))  # (prompts, first of all their rows, rows of each)
@@ -990,7 +976,7 @@ def sample(policy: Policy, prompts: list[list[int]], n: int, max_new_tokens: int
         return [Rollout(chunk[i // width], ids, text, not end) for i, (ids, text, end) in enumerate(zip(rows, texts, ended))]
 
     with policy.meter.phase("sampling"):
-        rollouts = [rollout for part in in_turn(len(parts), draw) for rollout in part]
+        rollouts = [rollout for part in in_turn(policy, len(parts), draw) for rollout in part]
         policy.meter.tokens["sampled"] += sum(len(rollout.completion) for rollout in rollouts)
     return rollouts
 
@@ -1021,15 +1007,23 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.prod((n - c - i) / (n - i) for i in range(k))
 
 @by_process_0
-def write_text(path: Path, text: str) -> None:
-    """All or nothing: a run killed while writing leaves the old file."""
+def write_whole(path: Path, write) -> None:
+    """write(path), all or nothing: a run that is killed while writing leaves the old file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    write(temporary)
     os.replace(temporary, path)
 
 def write_json(path: Path, value) -> None:
-    write_text(path, json.dumps(value, indent=1))
+    write_whole(path, lambda file: file.write_text(json.dumps(value, indent=1)))
+
+@contextlib.contextmanager
+def whole(path: Path, advice: str):
+    """Whatever goes wrong while a file of ours is read means that it is damaged. Raises UserError."""
+    try:
+        yield
+    except Exception:  # torch.load alone raises a dozen kinds
+        raise UserError(f"{path} is damaged; {advice}") from None
 
 def hard_problems(policy: Policy, pool: list[Problem], config: Config) -> list[Problem]:
     """fail@k: the problems of the pool that the live model fails k times of k (paper, section 4).
@@ -1038,17 +1032,13 @@ def hard_problems(policy: Policy, pool: list[Problem], config: Config) -> list[P
     state is written after every 32 problems, under a name made of all that the answer depends on (weights, prompt,
     problems, k and the sampling flags); an interrupted filter goes on, a finished one is read.
     """
-    weights = hashlib.sha256()
-    for p in policy.model.parameters():
-        weights.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    key = fingerprint(weights.hexdigest(), policy.student_text, policy.chat, config.k, config.temperature,
-                      config.student_tokens, config.data_seed, [(p.question, p.answer) for p in pool])
-    path = Path(config.cache) / f"hard-{key}.json"
-    try:
-        state = json.loads(path.read_text()) if path.exists() else {"done": 0, "hard": []}
-        done, hard = state["done"], state["hard"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged; delete it and the filter starts again") from None
+    weights = [zlib.crc32(p.detach().cpu().contiguous().view(torch.uint8).numpy()) for p in policy.model.parameters()]
+    key = fingerprint(weights, policy.student_text, policy.chat, config.k, config.temperature, config.student_tokens,
+                      config.data_seed, pool)
+    path, done, hard = Path(config.cache) / f"hard-{key}.json", 0, []
+    if path.exists():
+        with whole(path, "delete it and the filter starts again"):
+            done, hard = json.loads(path.read_text()).values()
     limits = [0] + [limit for limit in (8, 32) if limit < config.k] + [config.k]
     for first in tqdm(range(done, len(pool), 32), desc=f"fail@{config.k} filter", disable=RANK > 0 or None, leave=False):
         alive = range(first, min(first + 32, len(pool)))
@@ -1095,8 +1085,7 @@ def adamw_step(model, state: dict, lr: float, config: Config, generator=None, be
 
     m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  p <- p (1 - lr wd) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
     """
-    b1, b2 = betas
-    params = list(model.parameters())
+    params, (b1, b2) = list(model.parameters()), betas
     norm = torch.stack([p.grad.float().norm() for p in params]).norm().item()
     if not math.isfinite(norm):
         raise UserError("the loss or its gradient became NaN or infinite; nothing was saved from this step: "
@@ -1147,12 +1136,13 @@ def completion_logprobs(model, rollouts: list[Rollout], temperature: float, rows
     start = torch.tensor([[len(r.prompt)] for r in rollouts], device=model.device)  # [B, 1]
     end = torch.tensor([[len(r.prompt) + len(r.completion)] for r in rollouts], device=model.device)  # [B, 1]
     B, T = len(rollouts), int(end.max())
-    column = torch.arange(T, device=model.device)
-    mask, is_action = column < end, (column >= start) & (column < end)  # [B, T]; padded on the right: positions count from 0
+    # Padded on the RIGHT, where causal attention never looks: no mask is needed, and positions count from 0.
     ids = torch.tensor([(r.prompt + r.completion + [0] * T)[:T] for r in rollouts], device=model.device)  # [B, T]
-    hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state  # [B, T, D]
-    # Position t predicts token t + 1. N completion tokens in all:
-    hidden, targets = hidden[:, :-1][is_action[:, 1:]], ids[:, 1:][is_action[:, 1:]]  # [N, D], [N]
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, T, D]
+    # Position t predicts token t + 1, so the tokens of a completion are predicted at start - 1 .. end - 2. N of them in all:
+    column = torch.arange(T - 1, device=model.device)
+    predicts = (start - 1 <= column) & (column < end - 1)  # [B, T - 1]
+    hidden, targets = hidden[:, :-1][predicts], ids[:, 1:][predicts]  # [N, D], [N]
     head = model.get_output_embeddings()
 
     def project(h, y):  # [rows, D], [rows] -> [rows]; softmax in float32
@@ -1160,7 +1150,7 @@ def completion_logprobs(model, rollouts: list[Rollout], temperature: float, rows
 
     logprobs = torch.cat([checkpoint(project, hidden[i:i + rows], targets[i:i + rows], use_reentrant=False)
                           for i in range(0, len(targets), rows)])  # [N]
-    row = is_action[:, 1:].nonzero()[:, 0]  # [N]: whose token it is
+    row = predicts.nonzero()[:, 0]  # [N]: whose token it is
     return torch.zeros(B, device=model.device).index_add(0, row, logprobs)
 
 def micro_batches(rollouts: list[Rollout], budget: int):
@@ -1188,29 +1178,29 @@ def policy_update(policy: Policy, rollouts: list[Rollout], advantages, state: di
     B counts all rollouts, before anything is skipped or cut into micro-batches, so neither changes the gradient. Rollouts
     with advantage zero (groups whose rewards are all equal) skip both passes: nothing pulls them anywhere, so they pay no KL.
     """
-    active, kls = advantages.nonzero()[:, 0].tolist(), []
+    active, kls, B = advantages.nonzero()[:, 0].tolist(), [], len(rollouts)
     if not active:
         return {"grad_norm": 0.0, "kl": 0.0}
+    rollouts, advantages = [rollouts[i] for i in active], advantages[active]
     with policy.meter.phase("training"):
         policy.model.train(config.checkpointing)  # checkpointing works in train mode only; there is no dropout to turn on
-        for number, part in enumerate(micro_batches([rollouts[i] for i in active], config.micro_tokens)):
-            if not _alone and number % RANKS != RANK:
+        for number, part in enumerate(micro_batches(rollouts, config.micro_tokens)):
+            if not policy.alone and number % RANKS != RANK:
                 continue  # another process has it
-            index = [active[i] for i in part]
-            batch = [rollouts[i] for i in index]
+            batch = [rollouts[i] for i in part]
             logprobs = completion_logprobs(policy.model, batch, config.temperature)  # [b]
-            weights = advantages[index].to(logprobs)  # [b]
+            weights = advantages[part].to(logprobs)  # [b]
             if config.kl:
                 with torch.no_grad():
                     k1 = logprobs - completion_logprobs(policy.reference, batch, config.temperature)
                 weights, kls = weights - config.kl * k1, kls + k1.tolist()
-            (-(weights * logprobs).sum() / len(rollouts)).backward()
+            (-(weights * logprobs).sum() / B).backward()
             policy.meter.tokens["trained"] += sum(len(r.completion) for r in batch)
-        if not _alone:
+        if not policy.alone:
             kls = sum(gather(kls), [])
             for p in policy.model.parameters():
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                collectively(dist.all_reduce, p.grad)  # their sum, in all processes
+                dist.all_reduce(p.grad)  # their sum, in all processes
         policy.model.eval()
         return {"grad_norm": adamw_step(policy.model, state, lr, config, generator), "kl": float(np.mean(kls or [0.0]))}
 
@@ -1226,24 +1216,26 @@ PRETRAIN = {"steps": 500, "batch": 96, "lr": 5e-3, "betas": (0.9, 0.99), "init":
 def tiny_tokenizer(folder: Path):
     """Whole words as tokens, as an ordinary tokenizer file."""
     from transformers import PreTrainedTokenizerFast
-    file = folder / "tokenizer.json"
+    file, vocabulary = folder / "tokenizer.json", {word: i for i, word in enumerate(VOCABULARY)}
     file.write_text(json.dumps({
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None, "post_processor": None,
         "decoder": None, "pre_tokenizer": {"type": "WhitespaceSplit"},
-        "model": {"type": "WordLevel", "vocab": {word: i for i, word in enumerate(VOCABULARY)}, "unk_token": "<unk>"}}))
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}}))
     return PreTrainedTokenizerFast(tokenizer_file=str(file), pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+def tiny_document(world, rng: random.Random) -> tuple[str, str]:
+    """(prompt, completion): a forum post or an exercise of a textbook."""
+    if rng.random() < PRETRAIN["forum"]:
+        question, answer = forum_post(world, rng)
+        return TINY_STUDENT_PROMPT.replace("{problem}", question), f"\\boxed{{ {answer} }} <eos>"
+    question, answer = textbook_exercise(world, rng)
+    return TINY_TEACHER_PROMPT, f"<question> {question} </question> <answer> \\boxed{{ {answer} }} </answer> <eos>"
 
 def pretrain(model, tokenizer, world, seed: int) -> None:
     """Next-token training on both kinds of text. No loss on prompts: the questions of forum posts are random numbers."""
     rng, state = random.Random(f"text {seed}"), adamw_state(model)
     for step in (bar := tqdm(range(PRETRAIN["steps"]), desc="pretraining the tiny base model", disable=None, leave=False)):
-        prompts, completions = [], []
-        for _ in range(PRETRAIN["batch"]):
-            forum = rng.random() < PRETRAIN["forum"]
-            question, answer = (forum_post if forum else textbook_exercise)(world, rng)
-            prompts.append(TINY_STUDENT_PROMPT.replace("{problem}", question) if forum else TINY_TEACHER_PROMPT)
-            exercise = "" if forum else f"<question> {question} </question> <answer> "
-            completions.append(f"{exercise}\\boxed{{ {answer} }} {'' if forum else '</answer> '}<eos>")
+        prompts, completions = zip(*(tiny_document(world, rng) for _ in range(PRETRAIN["batch"])))
         batch = [Rollout(*ids, "", False) for ids in zip(tokenizer(prompts).input_ids, tokenizer(completions).input_ids)]
         tokens, total = sum(len(r.completion) for r in batch), 0.0
         for part in micro_batches(batch, PRETRAIN["micro_tokens"]):
@@ -1273,10 +1265,9 @@ def tiny_base_model(config: Config) -> str:
     pretrain(model, tokenizer, make_world(config.data_seed), config.data_seed)
     model.save_pretrained(building)
     tokenizer.save_pretrained(building)
-    try:
+    with contextlib.suppress(OSError):  # another run came first, with the same model by construction
         building.rename(folder)
-    except OSError:  # another run came first, with the same model by construction
-        shutil.rmtree(building)
+    shutil.rmtree(building, ignore_errors=True)
     return str(folder)
 
 
@@ -1391,34 +1382,31 @@ def grounded_rewards(policy: Policy, datasets: list[list[Problem]], questions: l
     """
     restore(policy.model, state.baseline)
     before = greedy_right(policy, questions, config)  # [M], measured once
-    steps = config.inner_steps + config.inner_extra * state.promotions
-    gains, logs, kept, best, champion = [], [], {}, -math.inf, None  # kept: weights by (k, j)
-    bar = tqdm(total=len(datasets) * config.repeats * steps // RANKS, desc=f"step {state.step}: students",
-               disable=RANK > 0 or None, leave=False)
+    r, steps = config.repeats, config.inner_steps + config.inner_extra * state.promotions
+    gains, logs, kept, best, champion = [], [], {}, -math.inf, None  # kept: weights by student number k * r + j
+    bar = tqdm(total=len(datasets) * r * steps // RANKS, desc=f"step {state.step}: students", disable=RANK > 0 or None, leave=False)
 
     def student(number: int):
-        k, j = divmod(number, config.repeats)
-        key = (config.seed, "student", state.step, k, j)
+        key = (config.seed, "student", state.step, number // r, number % r)
         restore(policy.model, state.baseline)
-        batches = epochs(datasets[k], steps, config.batch, seeded(*key, "order"))
+        batches = epochs(datasets[number // r], steps, config.batch, seeded(*key, "order"))
         log = train_student(policy, batches, config, key, lambda *_: bar.update())
-        kept[k, j] = snapshot(policy.model)
+        kept[number] = snapshot(policy.model)
         return greedy_right(policy, questions, config) - before, log  # [M]
 
-    for gain, log in in_turn(len(datasets) * config.repeats, student):
+    for gain, log in in_turn(policy, len(datasets) * r, student):
         gains, logs = gains + [gain], logs + log
-        if len(gains) % config.repeats == 0:  # dataset k is complete
-            k, rewards = len(gains) // config.repeats - 1, [gain.mean().item() for gain in gains[-config.repeats:]]
+        if len(gains) % r == 0:  # a dataset is complete
+            rewards, first = [gain.mean().item() for gain in gains[-r:]], len(gains) - r
             if sum(rewards) > best:
-                best, champion = sum(rewards), (k, median_student(rewards))
-            kept = {name: weights for name, weights in kept.items() if name[0] > k or name == champion}
+                best, champion = sum(rewards), first + median_student(rewards)
+            kept = {number: weights for number, weights in kept.items() if number >= len(gains) or number == champion}
     bar.close()
-    trainer = (champion[0] * config.repeats + champion[1]) % RANKS  # the process that has trained it
-    champion = (*champion, broadcast(policy, kept.get(champion), trainer))
-    gains = torch.stack(gains).view(len(datasets), config.repeats, -1)  # [K, r, M]
+    weights = broadcast(policy, kept.get(champion), champion % RANKS)  # from the process that has trained it
+    gains = torch.stack(gains).view(len(datasets), r, -1)  # [K, r, M]
     errors = gains.std(-1, correction=0) / gains.shape[-1] ** 0.5
     figures = {name: float(np.mean([log[name] for log in logs])) for name in logs[0]}
-    return gains.mean(-1), errors, champion, figures | {"accuracy_before": before.mean().item()}
+    return gains.mean(-1), errors, (*divmod(champion, r), weights), figures | {"accuracy_before": before.mean().item()}
 
 LEARNABILITY_SAMPLES = 32  # completions a problem (paper, section 5)
 
@@ -1444,54 +1432,45 @@ RESUMABLE = ("resume", "out", "sample_rows", "micro_tokens", "checkpointing", "t
 
 def check_folder(config: Config) -> None:
     """Raises UserError when --out holds something that this command must not touch or cannot continue."""
-    for flag, path in (("--out", Path(config.out).parent), ("--cache", Path(config.cache))):
+    folder = Path(config.out)
+    for name, path in (("--out", folder.parent), ("--cache", Path(config.cache))):
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot make the folder {path} ({error.strerror}); choose another {flag}") from None
-    folder = Path(config.out)
+            raise UserError(f"cannot make the folder {path} ({error.strerror}); choose another {name}") from None
     if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
         return
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} exists and is not a run of soar.py; choose another --out")
     if not config.resume:
         raise UserError(f"{folder} already holds a run; add --resume to continue it, or choose another --out or --seed")
-    try:
+    with whole(folder / "config.json", "choose another --out"):
         old = json.loads((folder / "config.json").read_text())
-    except ValueError:
-        raise UserError(f"{folder}/config.json is damaged; choose another --out") from None
-    other = [f"--{name.replace('_', '-')} {old.get(name)}" for name, value in vars(config).items()
+    other = [f"{flag(name)} {old.get(name)}" for name, value in vars(config).items()
              if name not in RESUMABLE and old.get(name) != value]
     if other:
         raise UserError(f"{folder} was made with other flags ({', '.join(other)}); give the same ones, or choose another --out")
 
-@by_process_0
-def save_whole(path: Path, value: dict) -> None:
-    """torch.save, all or nothing: there is always one whole checkpoint."""
-    torch.save(value, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
-
 def save_checkpoint(folder: Path, state: State) -> None:
+    """There is always one whole checkpoint; the .jsonl files are written anew from it."""
     for name in ("log", "questions", "promotion_questions"):
-        if rows := getattr(state, name):
-            write_text(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    save_whole(folder / "checkpoint.pt", vars(state))
+        if text := "".join(json.dumps(row) + "\n" for row in getattr(state, name)):
+            write_whole(folder / f"{name}.jsonl", lambda file: file.write_text(text))
+    write_whole(folder / "checkpoint.pt", lambda file: torch.save(vars(state), file))
 
 def load_checkpoint(folder: Path) -> State | None:
     """The state after the last complete step, or None. Raises UserError when it is damaged."""
     path = folder / "checkpoint.pt"
-    try:
-        return State(**torch.load(path, weights_only=True)) if path.exists() else None
-    except Exception:  # a zip error, a pickle error, a missing key: torch.load raises all of them
-        raise UserError(f"{path} is damaged; put a copy back, or start again with another --out") from None
+    if path.exists():
+        with whole(path, "put a copy back, or start again with another --out"):
+            return State(**torch.load(path, weights_only=True))
 
 @by_process_0
-def save_model(policy: Policy, folder: Path) -> None:
-    """The live model as an ordinary folder for from_pretrained."""
+def save_model(model, tokenizer, folder: Path) -> None:
+    """An ordinary folder for from_pretrained, all or nothing."""
     temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    policy.model.save_pretrained(temporary)
-    policy.tokenizer.save_pretrained(temporary)
+    for part in (model, tokenizer):
+        part.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 
@@ -1507,15 +1486,17 @@ def promote(policy: Policy, champion: tuple, datasets, hard_train: list[Problem]
     accuracy = greedy_right(policy, hard_train, config).mean().item()
     if accuracy > state.best_accuracy:
         state.best_accuracy = accuracy
-        save_model(policy, Path(config.out) / "student")
+        save_model(policy.model, policy.tokenizer, Path(config.out) / "student")
     return {"dataset": k, "student": j, "accuracy": accuracy}
 
-def teacher_update(policy: Policy, rollouts: list[Rollout], advantages, state: State, lr: float, config: Config) -> dict:
+def teacher_update(policy: Policy, rollouts: list[Rollout], advantages, state: State, config: Config) -> dict:
     """Algorithm 1, step 4, on the live model. The teacher's moments are on its device only now: students have their own."""
     device = policy.model.device
-    move = lambda state, to: {"t": state["t"], "m": [x.to(to) for x in state["m"]], "v": [x.to(to) for x in state["v"]]}
+    move = lambda moments, to: {"t": moments["t"]} | {name: [x.to(to) for x in moments[name]] for name in "mv"}
     moments = move(state.moments, device)
+    lr = learning_rate(config.teacher_lr, state.step, config.steps, config.teacher_warmup)
     rounding = seeded(config.seed, "teacher", state.step, "rounding", device=device)
+    restore(policy.model, state.teacher)
     figures = policy_update(policy, rollouts, advantages, moments, lr, config, rounding)
     state.moments, state.teacher = move(moments, "cpu"), snapshot(policy.model)
     return figures
@@ -1526,7 +1507,7 @@ def outer_step(policy: Policy, hard_train: list[Problem], state: State, config: 
     # 1. The teacher proposes g*n problems; consecutive ones make the datasets X_1..X_g.
     restore(policy.model, state.teacher)
     accepted, proposing = propose(policy, config.groups * g * n, config, seeded(config.seed, "propose", t))
-    problems = [problem for _, problem in accepted]
+    rollouts, problems = zip(*accepted)
     datasets = [problems[i:i + n] for i in range(0, len(problems), n)]  # K = groups * g of them
     # 2. What is each dataset worth? Q_R is drawn anew each step.
     draw = torch.randperm(len(hard_train), generator=seeded(config.seed, "reward questions", t))[:config.reward_questions]
@@ -1542,74 +1523,71 @@ def outer_step(policy: Policy, hard_train: list[Problem], state: State, config: 
     due = champion is not None and promotion_due(state.history, config)
     promoted = promote(policy, champion, datasets, hard_train, state, config) if due else None
     # 4. The teacher's update: every rollout of X_k carries A_k.
-    restore(policy.model, state.teacher)
     advantages = rloo_advantages(R, g).repeat_interleave(n)  # [K*n]
-    lr = learning_rate(config.teacher_lr, t, config.steps, config.teacher_warmup)
-    updating = teacher_update(policy, [rollout for rollout, _ in accepted], advantages, state, lr, config)
+    updating = teacher_update(policy, rollouts, advantages, state, config)
     state.step = t + 1
     state.questions += [{"step": t, "dataset": i // n, "reward": R[i // n].item(), **vars(p)} for i, p in enumerate(problems)]
-    row = {"step": t, "rewards": rewards.tolist(), "errors": errors.tolist(), "reward": R.mean().item(), "average": average,
-           "promotion": promoted, "teacher": proposing | updating, "student": training}
-    if config.dataset == "tiny":
-        row["topics"] = topic_shares(problems)
-    state.log.append(row)
-    return row
+    state.log.append({
+        "step": t, "rewards": rewards.tolist(), "errors": errors.tolist(), "reward": R.mean().item(), "average": average,
+        "promotion": promoted, "teacher": proposing | updating, "student": training}
+        | ({"topics": topic_shares(problems)} if config.dataset == "tiny" else {}))
+    return state.log[-1]
 
 
 # ======== 16. Main: what does a person see? ===========================================================================
 
 def check_context(policy: Policy, pool: list[Problem], config: Config) -> None:
-    """Raises UserError when a prompt and its completion would not fit into the model's context."""
+    """Raises UserError when a prompt and its completion may not fit into the model's context."""
     context = getattr(policy.model.config, "max_position_embeddings", None) or math.inf
     length, longest = max((len(policy.student_prompt(problem)), problem.question) for problem in pool)
     empty = len(policy.student_prompt(Problem("", "")))
-    for what, tokens, flag in (
-            (f"the problem that begins {longest[:60]!r}", length + config.student_tokens, "--student-tokens"),
-            ("the teacher's prompt", len(policy.teacher_prompt()) + config.teacher_tokens, "--teacher-tokens"),
-            ("a problem of --teacher-tokens", empty + config.teacher_tokens + config.student_tokens, "--student-tokens")):
-        if tokens > context:
-            raise UserError(f"{what} needs {tokens} tokens with its completion, and the model's context has {context}; "
-                            f"lower {flag}, or leave the long problem out")
+    needed = {f"the problem that begins {longest[:60]!r}": length + config.student_tokens,
+              "the teacher's prompt": len(policy.teacher_prompt()) + config.teacher_tokens,
+              "a problem of --teacher-tokens": empty + config.teacher_tokens + config.student_tokens}
+    what, tokens = max(needed.items(), key=lambda item: item[1])
+    if tokens > context:
+        raise UserError(f"{what} needs {tokens} tokens with its completion, and the model's context has {context}; "
+                        "lower --student-tokens or --teacher-tokens, or leave long problems out")
 
 def print_plan(pool: list[Problem], policy: Policy, config: Config) -> None:
     """What is going to happen and what it costs, before it starts."""
-    K, n = config.groups * config.datasets, config.n
-    inner = K * config.repeats * config.inner_steps * config.batch * config.group
-    checks = (K * config.repeats + 1) * config.reward_questions
-    students = inner + checks if config.reward == "grounded" else K * n * LEARNABILITY_SAMPLES
-    filtering, by_teacher, by_students = len(pool) * config.k, config.steps * K * n, config.steps * students
-    tokens = (filtering + by_students) * config.student_tokens + by_teacher * config.teacher_tokens
+    K, n, r, M = config.groups * config.datasets, config.n, config.repeats, config.reward_questions
+    students = K * r * config.inner_steps * config.batch * config.group + (K * r + 1) * M
+    if config.reward == "learnability":
+        students = K * n * LEARNABILITY_SAMPLES
+    by_students, by_teacher = len(pool) * config.k + config.steps * students, config.steps * K * n
+    tokens = by_students * config.student_tokens + by_teacher * config.teacher_tokens
     print(f"""SOAR on {config.dataset}: {len(pool)} problems, model {config.model}, {policy.model.device}, folder {config.out}
-  filter      keep the problems that the model fails {config.k} times of {config.k}: at most {filtering:,} completions
-  outer step  the teacher writes {K} datasets of {n} problems; {config.repeats} students train on each,
+  filter      keep the problems that the model fails {config.k} times of {config.k}: at most {len(pool) * config.k:,} completions
+  outer step  the teacher writes {K} datasets of {n} problems; {r} students train on each,
               {config.inner_steps} steps of {config.batch} x {config.group} completions: {students:,} student completions
-  in all      {config.steps} outer steps: {filtering + by_teacher + by_students:,} completions, at most {tokens:,} tokens
+  in all      {config.steps} outer steps: {by_teacher + by_students:,} completions, at most {tokens:,} tokens
 
-The reward is the share of the hard questions that a student gains by training on the teacher's problems; below zero
-the training did harm. When its moving average exceeds tau, the student is promoted: later students start from it.
+What the columns of a step say:
+  reward             the share of the hard questions that a student gains by training on the teacher's problems, on average
+                     over the students; below zero the training did harm; best dataset: the largest mean of one dataset
+  moving average     of the last {config.window} rewards; above tau = {config.tau:g} a student is promoted: later ones start from it
+  right in training  the share of right answers of the students to the teacher's problems
+  accepted           the share of the teacher's completions that hold a problem with a readable answer
 """, flush=True)
 
-def print_step(row: dict, example: str) -> None:
-    best = max(np.mean(rewards) for rewards in row["rewards"])
-    line = (f"step {row['step']:3d}  reward {row['reward']:+.3f}  best dataset {best:+.3f}  "
-            f"moving average {row['average']:+.3f}  "
-            f"right in training {row['student']['success']:4.0%}  accepted {row['teacher']['acceptance']:4.0%}  "
-            f"{row['cost']['seconds']['all']:.0f} s")
+def show_step(policy: Policy, state: State, config: Config) -> None:
+    """A line about the last step, its promotion and, every five steps, one problem and the baseline student's attempt at it."""
+    row, question = state.log[-1], state.questions[-1]
+    line = (f"step {row['step']:3d}  reward {row['reward']:+.3f}  best dataset {max(map(np.mean, row['rewards'])):+.3f}  "
+            f"moving average {row['average']:+.3f}  right in training {row['student']['success']:4.0%}  "
+            f"accepted {row['teacher']['acceptance']:4.0%}  {row['cost']['seconds']['all']:.0f} s")
     if promoted := row["promotion"]:
         line += (f"\n          PROMOTION: student {promoted['student']} of dataset {promoted['dataset']} is the new baseline, "
                  f"{promoted['accuracy']:.1%} greedy on the hard train set.\n"
                  "          Its problems join the promotion questions. From now on rewards are gains over this better student.")
-    tqdm.write(line + example, file=sys.stdout)
+    if row["step"] % 5 == 0:
+        restore(policy.model, state.baseline)
+        attempt = solve(policy, [Problem(question["question"], question["answer"])], 1, config)[0][0].text
+        for speaker, text in (("teacher:", question["question"]), ("answer:", question["answer"]), ("student:", attempt)):
+            line += f"\n    {speaker:9}" + text.strip().replace("\n", "\n             ")
+    tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()
-
-def show_example(policy: Policy, state: State, config: Config) -> str:
-    """The teacher's last problem in full, and the baseline student's greedy attempt at it."""
-    question = state.questions[-1]
-    restore(policy.model, state.baseline)
-    attempt = solve(policy, [Problem(question["question"], question["answer"])], 1, config)[0][0].text
-    indent = lambda text: text.strip().replace("\n", "\n             ")
-    return (f"\n    teacher: {indent(question['question'])}\n    answer:  {indent(question['answer'])}\n"
-            f"    student: {indent(attempt)}")
 
 KS = (1, 4, 8, 16, 32)  # of pass@k (paper)
 
@@ -1621,8 +1599,8 @@ def measure(policy: Policy, problems: list[Problem], config: Config) -> dict:
     """Greedy accuracy and mean pass@k of the live model, k = 1, 4, 8, 16, 32 as far as --eval-samples allows."""
     n = config.eval_samples
     right = right_counts(policy, problems, n, config, seeded(config.seed, "report"))
-    result = {"greedy": greedy_right(policy, problems, config).mean().item()}
-    return result | {f"pass@{k}": float(np.mean([pass_at_k(n, c, k) for c in right])) for k in KS if k <= n}
+    return {"greedy": greedy_right(policy, problems, config).mean().item()} | {
+        f"pass@{k}": float(np.mean([pass_at_k(n, c, k) for c in right])) for k in KS if k <= n}
 
 def print_table(title: str, rows: dict[str, dict[str, float]]) -> None:
     print(f"\n{title}\n{'':18}" + "".join(f"{column:>10}" for column in next(iter(rows.values()))))
@@ -1636,7 +1614,8 @@ def report(policy: Policy, hard_test: list[Problem], state: State, config: Confi
     if state.promotions:  # from the run folder: the table is about what was saved
         restore(policy.model, snapshot(load_model(f"{config.out}/student", config)[0]))
         students["promoted student"] = measure(policy, hard_test, config)
-    print_table(f"On the {len(hard_test)} held-out hard problems (never trained on, never a reward):", students)
+    print_table(f"On the {len(hard_test)} held-out hard problems (never trained on, never a reward);\n"
+                "pass@k is the chance that at least one of k sampled answers is right:", students)
     if config.dataset == "tiny":
         for name, weights in (("at the start", policy.base), ("at the end", state.teacher)):
             restore(policy.model, weights)
@@ -1674,30 +1653,28 @@ def run(config: Config, meter: Meter) -> None:
     print(f"{len(hard)} of {len(pool)} problems are fail@{config.k}: {len(hard_train)} for the reward, "
           f"{len(hard_test)} held out\n", flush=True)
     state = load_checkpoint(folder) or State(policy.base, adamw_state(policy.model), policy.base)
-    write_json(folder / "config.json", dataclasses.asdict(config))
+    write_json(folder / "config.json", vars(config))
     while state.step < config.steps:
         meter.seconds.clear(), meter.tokens.clear()
-        start = time.perf_counter()
-        row = outer_step(policy, hard_train, state, config)
-        seconds = dict(meter.seconds) | {"all": time.perf_counter() - start}
-        row["cost"] = {"seconds": seconds, "peak_memory_gb": peak_memory_gb(policy.model.device),
-                       "tokens_per_second": {"sampled": meter.tokens["sampled"] / seconds["sampling"],
-                                             "trained": meter.tokens["trained"] / seconds.get("training", math.inf)}}
+        with meter.phase("all"):
+            row = outer_step(policy, hard_train, state, config)
+        row["cost"] = {"seconds": dict(meter.seconds), "peak_memory_gb": peak_memory_gb(policy.model.device),
+                       "tokens_per_second": {"sampled": meter.tokens["sampled"] / meter.seconds["sampling"],
+                                             "trained": meter.tokens["trained"] / max(meter.seconds["training"], 1e-9)}}
         save_checkpoint(folder, state)
-        print_step(row, show_example(policy, state, config) if row["step"] % 5 == 0 else "")
+        show_step(policy, state, config)
     restore(policy.model, state.teacher)
-    save_model(policy, folder / "teacher")
+    save_model(policy.model, policy.tokenizer, folder / "teacher")
     report(policy, hard_test, state, config)
 
 def peak_memory_gb(device) -> float:
     """Of the GPU, or of this process on a CPU (0 where the system does not tell)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
+    with contextlib.suppress(ImportError):  # Windows
         import resource
-    except ImportError:  # Windows
-        return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+    return 0.0
 
 def quiet_libraries() -> None:
     import transformers  # late: --help and most mistakes need not wait for it
@@ -1710,22 +1687,24 @@ def guarded(program: str, work, meter: Meter, again: list[str]) -> int:
 
     `again` is the command that goes on where an interrupted one stopped.
     """
+    code, again = 2, shlex.join(again)
     try:
         work()
         return 0
     except UserError as error:
-        print(f"{program}{f' (process {RANK})' * (RANKS > 1)}: {error}", file=sys.stderr, flush=True)
-        return 2
+        sentence = error
+    except KeyboardInterrupt:
+        code, sentence = 130, f"interrupted; all complete steps are saved, continue with: {again}"
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "allocate memory" not in str(error):  # so PyTorch says it on a CPU
+        broken_off = RANKS > 1 and re.search("gloo|nccl", str(error), re.IGNORECASE)
+        if type(error) is RuntimeError and not broken_off and "allocate memory" not in str(error):  # so PyTorch says it on a CPU
             raise
         lower = {"sampling": "lower --sample-rows", "training": "lower --micro-tokens or add --checkpointing"}
-        advice = lower.get(meter.current, "take a smaller --model")
-        print(f"{program}: out of memory while {meter.current}; {advice} and go on with: {shlex.join(again)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\n{program}: interrupted; all complete steps are saved, continue with: {shlex.join(again)}", file=sys.stderr)
-        return 130
+        sentence = f"out of memory while {meter.current}; {lower.get(meter.current, 'take a smaller --model')} and go on with: {again}"
+        if broken_off:
+            sentence = "another process has stopped; its message says why"
+    print(f"{program}{f' (process {RANK})' * (RANKS > 1)}: {sentence}", file=sys.stderr, flush=True)
+    return code
 
 def main(argv: list[str] | None = None) -> int:
     argv, meter = sys.argv[1:] if argv is None else argv, Meter()

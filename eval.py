@@ -5,29 +5,25 @@
     python eval.py runs/tiny-0 runs/tiny-1 --seeds 2        two teacher seeds, two students each
     python eval.py runs/tiny-* --methods all --plot         every row, and the curves as a PNG
     python eval.py runs/math_test-0 --dataset olympiad      transfer: SOAR never saw this data set
-    python eval.py --benchmark                              speed, see section 6
+    python eval.py --benchmark                              speed, see section 7
 
 A method is a way to get a student: train a fresh copy of the base model on something, or take what SOAR has left in a run
 folder. Every student is measured by pass@k on the held-out half of the fail@128 problems. A run folder is a teacher seed;
-which rows it can fill depends on how it was made: --reward learnability: intrinsic-t; --no-promotion: no-promotion; else the
-others.
+which rows it can fill depends on how it was made (--reward learnability, --no-promotion, or neither of them).
 
-Contents: 1 Settings, 2 Measures, 3 Run folders, 4 Students, 5 Tables and curves, 6 Benchmark, 7 Main.
+Contents: 1 Settings, 2 Measures, 3 Run folders, 4 Students, 5 Tables, 6 Curves, 7 Benchmark, 8 Main.
 """
-from __future__ import annotations
-
 import argparse
 import contextlib
-import dataclasses
+import importlib.util
 import json
 import math
 import random
 import re
 import sys
-import tempfile
 import time
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -37,6 +33,7 @@ from tqdm import tqdm
 
 import soar
 from soar import KS, RIGHT, Config, Meter, Policy, Problem, UserError
+
 
 # ======== 1. Settings: which rows, how many students, how long? =======================================================
 
@@ -59,17 +56,14 @@ METHODS = {
 }
 # Percent, pass@1, 4, 8, 16, 32 (paper, Tables 1 and 4-6); printed in brackets beside ours.
 PAPER = {
-    "math": {"base": (0.3, 1.0, 2.0, 3.9, 7.5), "hard-only": (0.5, 1.7, 3.2, 5.7, 9.6),
-             "hard-only-4x": (1.4, 3.9, 6.1, 8.9, 12.4), "pq": (1.7, 5.3, 8.5, 13.0, 18.9), "ps": (1.0, 3.8, 6.8, 11.5, 18.1),
-             "grounded-t": (1.6, 5.1, 8.4, 13.1, 19.1), "intrinsic-t": (1.0, 3.3, 5.7, 9.2, 14.1),
-             "solver": (0.3, 1.1, 2.2, 4.4, 8.3), "upper": (2.7, 7.6, 11.5, 16.4, 22.0)},
-    "harp": {"base": (0.2, 0.9, 1.7, 3.4, 6.4), "hard-only": (0.4, 1.4, 2.6, 4.7, 8.2), "pq": (0.7, 2.5, 4.5, 7.7, 12.3),
-             "ps": (0.6, 2.1, 3.9, 7.0, 11.8), "grounded-t": (0.5, 2.0, 3.8, 6.7, 11.2),
-             "intrinsic-t": (0.4, 1.6, 3.1, 5.6, 9.6), "upper": (1.7, 5.1, 8.1, 11.7, 16.2)},
-    "olympiad": {"base": (0.2, 0.8, 1.6, 3.1, 5.8), "hard-only": (0.3, 1.1, 2.1, 3.9, 6.9), "pq": (0.5, 1.9, 3.6, 6.4, 10.6),
-                 "ps": (0.6, 2.1, 3.7, 6.2, 9.9), "upper": (0.9, 3.2, 5.6, 8.8, 13.1)},  # PQ and PS: of a MATH run
-}
-
+    "math": {"base": "0.3 1.0 2.0 3.9 7.5", "hard-only": "0.5 1.7 3.2 5.7 9.6", "hard-only-4x": "1.4 3.9 6.1 8.9 12.4",
+             "pq": "1.7 5.3 8.5 13.0 18.9", "ps": "1.0 3.8 6.8 11.5 18.1", "grounded-t": "1.6 5.1 8.4 13.1 19.1",
+             "intrinsic-t": "1.0 3.3 5.7 9.2 14.1", "solver": "0.3 1.1 2.2 4.4 8.3", "upper": "2.7 7.6 11.5 16.4 22.0"},
+    "harp": {"base": "0.2 0.9 1.7 3.4 6.4", "hard-only": "0.4 1.4 2.6 4.7 8.2", "pq": "0.7 2.5 4.5 7.7 12.3",
+             "ps": "0.6 2.1 3.9 7.0 11.8", "grounded-t": "0.5 2.0 3.8 6.7 11.2", "intrinsic-t": "0.4 1.6 3.1 5.6 9.6",
+             "upper": "1.7 5.1 8.1 11.7 16.2"},
+    "olympiad": {"base": "0.2 0.8 1.6 3.1 5.8", "hard-only": "0.3 1.1 2.1 3.9 6.9", "pq": "0.5 1.9 3.6 6.4 10.6",
+                 "ps": "0.6 2.1 3.7 6.2 9.9", "upper": "0.9 3.2 5.6 8.8 13.1"}}  # PQ and PS: of a MATH run
 
 @dataclass
 class Settings:
@@ -87,9 +81,8 @@ class Settings:
     synthetic_steps: int = 64  # of a curriculum (paper, MATH)
     questions: int = 128  # drawn from a teacher (paper)
     curated: str = ""  # FILE.jsonl of problems for --methods upper
-    # --- Diversity
+    # --- Diversity and output
     embedder: str = ""  # hub id or folder of the model whose hidden states compare questions; empty: the base model
-    # --- Output
     out: str = ""  # folder for eval.json, eval.md and eval.png; empty: the first run folder
     plot: bool = False  # write the curves (needs matplotlib)
     # --- This machine (empty or 0: as the run was made)
@@ -98,39 +91,32 @@ class Settings:
     sample_rows: int = 0  # completions sampled side by side
     micro_tokens: int = 0  # padded tokens in one backward pass
 
-
-def parse_settings(argv: list[str]) -> tuple[list[str], Settings]:
-    """Command line -> (run folders, Settings). Raises UserError."""
-    methods = "\n".join(f"  {name:16}{what}" for name, (what, _) in METHODS.items())
+def parse_settings(argv: list[str]) -> tuple[list[str], list[str], Settings]:
+    """Command line -> (run folders, methods, Settings). Raises UserError."""
+    rows = "\n".join(f"  {name:16}{what}" for name, (what, _) in METHODS.items())
     parser = argparse.ArgumentParser(
         usage="python eval.py RUN [RUN ...] [flags], or python eval.py --benchmark [flags]", allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter, description=f"{__doc__.splitlines()[0]}\nMethods:\n{methods}")
+        formatter_class=argparse.RawDescriptionHelpFormatter, description=f"{__doc__.splitlines()[0]}\nMethods:\n{rows}")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that soar.py has written")
     flags = soar.parse_flags(parser, Settings, argv)
-    runs, settings = flags.pop("runs"), Settings(**flags)
-    for name, least in dict(seeds=1, samples=1, points=1, steps=0, warmup=0, synthetic_steps=0, questions=1).items():
-        if getattr(settings, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}")
-    if settings.samples < max(KS):
-        raise UserError(f"pass@{max(KS)} needs at least {max(KS)} samples a problem; --samples is {settings.samples}")
-    if settings.mix not in ("auto", "curriculum", "mixed"):
-        raise UserError("--mix must be one of auto, curriculum, mixed")
-    if unknown := [name for name in chosen_methods(settings) if name not in METHODS]:
-        raise UserError(f"--methods {','.join(unknown)} does not exist; choose from {', '.join(METHODS)}, or all")
-    if settings.plot:
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
-            raise UserError("--plot needs matplotlib: pip install matplotlib, or leave the flag out") from None
-    return runs, settings
-
-
-def chosen_methods(settings: Settings) -> list[str]:
-    return list(METHODS) if settings.methods == "all" else [name.strip() for name in settings.methods.split(",")]
+    runs, s = flags.pop("runs"), Settings(**flags)
+    methods = list(METHODS) if s.methods == "all" else [name.strip() for name in s.methods.split(",")]
+    unknown = ",".join(name for name in methods if name not in METHODS)
+    for bad, sentence in (
+            (min(s.seeds, s.points, s.questions) < 1, "--seeds, --points and --questions must be at least 1"),
+            (min(s.steps, s.warmup, s.synthetic_steps) < 0, "--steps, --warmup and --synthetic-steps must be at least 0"),
+            (s.samples < max(KS), f"pass@{max(KS)} needs at least {max(KS)} samples a problem; --samples is {s.samples}"),
+            (s.mix not in ("auto", "curriculum", "mixed"), "--mix must be one of auto, curriculum, mixed"),
+            (unknown, f"--methods {unknown} does not exist; choose from {', '.join(METHODS)}, or all"),
+            (s.plot and not importlib.util.find_spec("matplotlib"), "--plot needs matplotlib: pip install matplotlib")):
+        if bad:
+            raise UserError(sentence)
+    return runs, methods, s
 
 
 # ======== 2. Measures: what is one number, and how far may it be off? =================================================
-
+# A student is {"points": its measurements, "reward": [S] mean reward of each training step, "rollouts": completions that it
+# was trained on}; a measurement is {"step", "right": [problems], how many of --samples answers to each test problem are}.
 
 def chosen_step(rewards: list[float], window: int = 25, flat: float = 0.15) -> int:
     """The paper's checkpoint choice: where the training reward stops rising. [S] mean rewards -> a step in 0..S.
@@ -144,14 +130,20 @@ def chosen_step(rewards: list[float], window: int = 25, flat: float = 0.15) -> i
     if len(rewards) < 2:
         return len(rewards)
     half = window // 2
-    smooth = np.array([np.mean(rewards[max(0, s - half):s + half + 1]) for s in range(len(rewards))])
-    slopes = np.gradient(smooth)
+    smooth = np.array([np.mean(rewards[max(0, s - half):s + half + 1]) for s in range(len(rewards))])  # [S]
+    slopes = np.gradient(smooth)  # [S], reward a step
     if slopes.max() <= 1e-9:
-        return 0
+        return 0  # it never rises
     steepest = int(slopes.argmax())
     below = np.flatnonzero(slopes[steepest:] < flat * slopes.max())
     return steepest + int(below[0]) if len(below) else len(rewards)
 
+def chosen_points(student: dict, dataset: str) -> list[dict]:
+    """The measurements that count: from the paper's choice to 200 steps later (OlympiadBench: step 50); or the next one."""
+    first = 50 if dataset == "olympiad" else chosen_step(student["reward"])
+    last = first if dataset == "olympiad" else first + 200
+    later = [point for point in student["points"] if point["step"] >= first] or student["points"][-1:]
+    return [point for point in later if point["step"] <= last] or later[:1]
 
 def nested(values) -> dict:
     """[teacher seeds R][student seeds N] -> mean, SD over all of them, SD of the teachers' means, their number.
@@ -163,65 +155,59 @@ def nested(values) -> dict:
     sd = lambda x: float(np.std(x, ddof=1)) if len(x) > 1 else None
     return {"mean": float(flat.mean()), "sd": sd(flat), "sd_teachers": sd([np.mean(row) for row in values]), "n": len(flat)}
 
-
 def bootstrap(per_problem: list[np.ndarray], draws: int = 1000) -> list[float]:
     """95 % interval of the mean when problems are drawn anew: [R] arrays [problems], resampled within each run."""
     rng = np.random.default_rng(0)
     means = [values[rng.integers(len(values), size=(draws, len(values)))].mean(1) for values in per_problem]  # [R][draws]
     return np.percentile(np.mean(means, 0), [2.5, 97.5]).tolist()
 
-
 def vendi(embeddings: np.ndarray) -> float:
-    """Vendi score (effective number of different items): exp(-sum l ln l), l the eigenvalues of K / n, K_ij = cosine(x_i, x_j).
+    """Vendi score, the effective number of different items. [n, D]; exp(-sum l ln l), l the eigenvalues of (cosines / n).
 
     >>> round(vendi(np.ones((5, 3))), 6), round(vendi(np.eye(5)), 6)       # the same five times; five that share nothing
     (1.0, 5.0)
     """
-    unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
-    eigenvalues = np.linalg.eigvalsh(unit @ unit.T / len(unit)).clip(min=0)
-    positive = eigenvalues[eigenvalues > 0]
+    unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)  # [n, D]
+    eigenvalues = np.linalg.eigvalsh(unit @ unit.T / len(unit))  # [n], of sum 1
+    positive = eigenvalues[eigenvalues > 0]  # 0 ln 0 = 0, and rounding leaves some below
     return float(np.exp(-(positive * np.log(positive)).sum()))
 
-
 def judge(problem: Problem) -> tuple[bool, bool]:
-    """(well-posed, right) of a tiny-world problem, exactly: it asks for sums and products of known numbers; all are right."""
+    """(well-posed, right) of a tiny-world problem, exactly: all its items have known numbers; all answers are right."""
     items = re.findall(r"= (\d)([*+])(\d)", problem.question)
     if soar.worksheet(["".join(item) for item in items]) != problem.question:
         return False, False
     values = [int(x) * int(y) if sign == "*" else int(x) + int(y) for x, sign, y in items]
     return True, soar.answers_equal(problem.answer, soar.worksheet(values))
 
-
 def majority_agrees(boxes: list[str | None], answer: str) -> bool:
     """Whether the most frequent answer (None: a solution without a box, which has no vote) is the given one."""
     votes = [box for box in boxes if box is not None]
-    support = [sum(soar.answers_equal(vote, other) for other in votes) for vote in votes]
+    support = [sum(soar.answers_equal(vote, other) for other in votes) for vote in votes]  # by value, not spelling
     return bool(votes) and soar.answers_equal(votes[int(np.argmax(support))], answer)
 
 
 # ======== 3. Run folders: what has SOAR left there? ===================================================================
 
-
 @dataclass
 class Run:
     folder: Path
     config: Config
-    policy: Policy
-    train: list[Problem]  # hard
-    test: list[Problem]
-    log: list[dict]
-    report: str  # text of report.json
-    promotion_questions: list[Problem]
-    dropped: int  # test problems that are also in the run's own pool
+    policy: Policy  # the base model, live
+    train: list[Problem]  # the halves of the hard set
+    test: list[Problem]  # no student sees this one
+    log: list[dict]  # a row an outer step
+    report: str  # text of report.json: another one if the run was made again
+    promotion_questions: list[Problem]  # D_best
 
-    @property
-    def kind(self) -> str:
-        return kind_of(self.config)
+def kind_of(config: Config) -> str:
+    """grounded, no-promotion or learnability."""
+    return "learnability" if config.reward == "learnability" else "grounded" if config.promotion else "no-promotion"
 
-    @property
-    def tiny(self) -> bool:
-        return self.config.dataset == "tiny"
-
+def read_rows(path: Path) -> list[dict]:
+    """The rows of log.jsonl or questions.jsonl. Raises UserError."""
+    with soar.whole(path, "put a copy back, or make the run again"):
+        return [row for row in map(json.loads, path.read_text().splitlines()) if row["step"] >= 0]
 
 def read_config(folder: Path, settings: Settings) -> Config:
     """The run's flags, with this machine's in their place. Raises UserError where there is no finished run."""
@@ -229,71 +215,45 @@ def read_config(folder: Path, settings: Settings) -> Config:
         raise UserError(f"{folder} is no run folder of soar.py (it has no config.json)")
     if not (folder / "report.json").is_file():
         raise UserError(f"the run in {folder} is not finished: continue it with soar.py --resume and its flags")
-    try:
-        config = Config(**json.loads((folder / "config.json").read_text()))
-    except (ValueError, TypeError):
-        raise UserError(f"{folder}/config.json is damaged or of another version of soar.py; make the run again") from None
-    machine = {name: getattr(settings, name) for name in ("device", "threads", "sample_rows", "micro_tokens")}
-    return dataclasses.replace(config, **{name: value for name, value in machine.items() if value})
-
-
-def read_log(path: Path) -> list[dict]:
-    """The rows of log.jsonl or questions.jsonl. Raises UserError."""
-    try:
-        return [row for line in path.read_text().splitlines() if (row := json.loads(line))["step"] >= 0]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged; put a copy back, or make the run again") from None
-
-
-def kind_of(config: Config) -> str:
-    """grounded, no-promotion or learnability."""
-    return "learnability" if config.reward == "learnability" else "grounded" if config.promotion else "no-promotion"
-
+    names = ("device", "threads", "sample_rows", "micro_tokens")
+    machine = {name: getattr(settings, name) for name in names if getattr(settings, name)}
+    with soar.whole(folder / "config.json", "or it is of another version of soar.py: make the run again"):
+        return Config(**json.loads((folder / "config.json").read_text()) | machine)
 
 def open_run(folder: Path, config: Config, settings: Settings) -> Run:
     """Load the base model, filter (cached) and split the hard set. Raises UserError."""
-    name = settings.dataset or config.dataset
-    if name != config.dataset and "tiny" in (name, config.dataset):
-        raise UserError(f"--dataset {name} does not fit the run in {folder}, which is of {config.dataset}: the tiny world's "
-                        "model knows nothing else")
     policy, pool = soar.prepare(config, Meter())
-    dropped = 0
-    if name != config.dataset:
+    left_out = ""
+    if settings.dataset not in ("", config.dataset):  # transfer: without what SOAR has seen, however that is spaced
+        config = replace(config, dataset=settings.dataset)
         words = lambda problem: "".join(problem.question.split()).lower()
-        known = set(map(words, pool))
-        other = soar.load_problems(name)
+        known, other = set(map(words, pool)), soar.load_problems(config.dataset)
         pool = [problem for problem in other if words(problem) not in known]
-        dropped = len(other) - len(pool)  # 122 problems are in both MATH's test split and HARP
+        left_out = f"; {len(other) - len(pool)} problems of its own pool left out"  # MATH's test split and HARP share 122
         soar.check_context(policy, pool, config)
     train, test = soar.split_hard(soar.hard_problems(policy, pool, config), config)
-    lines = folder / "promotion_questions.jsonl"
-    questions = soar.read_jsonl(str(lines)) if lines.exists() else []
-    return Run(folder, dataclasses.replace(config, dataset=name), policy, train, test, read_log(folder / "log.jsonl"),
-               (folder / "report.json").read_text(), questions, dropped)
-
+    print(f"{folder}: {kind_of(config)}, {len(train)} hard train and {len(test)} hard test problems{left_out}", flush=True)
+    log, report, promoted = (folder / name for name in ("log.jsonl", "report.json", "promotion_questions.jsonl"))
+    questions = soar.read_jsonl(str(promoted)) if promoted.exists() else []
+    return Run(folder, config, policy, train, test, read_rows(log), report.read_text(), questions)
 
 def student_rollouts(run: Run) -> int:
     """Completions that all students of the run sampled: training, and greedy measurements on the reward questions."""
-    c, total, promotions = run.config, 0, 0
-    if run.kind == "learnability":
+    c, total, inner_steps = run.config, 0, run.config.inner_steps
+    if c.reward == "learnability":
         return len(run.log) * c.groups * c.datasets * c.n * soar.LEARNABILITY_SAMPLES
+    students = c.groups * c.datasets * c.repeats  # of an outer step; the baseline is measured beside them
     for row in run.log:
-        students = c.groups * c.datasets * c.repeats
-        total += students * (c.inner_steps + c.inner_extra * promotions) * c.batch * c.group
-        total += (students + 1) * min(c.reward_questions, len(run.train))
-        promotions += row["promotion"] is not None
+        total += students * inner_steps * c.batch * c.group + (students + 1) * min(c.reward_questions, len(run.train))
+        inner_steps += c.inner_extra if row["promotion"] else 0
     return total
 
-
-def saved_weights(run: Run, name: str) -> list[torch.Tensor]:
-    """The weights in student/ or teacher/. A run without promotions has no student/: its student is the base model."""
-    folder = run.folder / name
-    if not folder.is_dir():
-        if name == "student" and not any(row["promotion"] for row in run.log):
-            return run.policy.base
-        raise UserError(f"{run.folder} has no {name}/; make the run again with soar.py")
-    return soar.snapshot(soar.load_model(str(folder), run.config)[0])
-
+def load_weights(run: Run, name: str) -> None:
+    """The live model becomes teacher/, student/ (the base model where none was promoted) or "base". Raises UserError."""
+    weights = run.policy.base
+    if name == "teacher" or name == "student" and any(row["promotion"] for row in run.log):
+        weights = soar.load_model(str((run.folder / name).resolve()), run.config)[0].parameters()  # whole: no hub id
+    soar.restore(run.policy.model, list(weights))
 
 def remembered(run: Run, name: str, depends_on: tuple, work):
     """work(path), made once: kept in the run folder's eval/, under a name made of all that the result depends on."""
@@ -304,219 +264,201 @@ def remembered(run: Run, name: str, depends_on: tuple, work):
     return json.loads(path.read_text())
 
 
-def questions_for(run: Run, method: str, settings: Settings, seed: int) -> list[Problem]:
-    """The synthetic problems of a method; none for hard-only. Raises UserError."""
-    if method.startswith("pq"):
-        wanted = {"pq": lambda p: True, "pq-well-posed": lambda p: judge(p)[0], "pq-correct": lambda p: judge(p)[1]}[method]
-        return [problem for problem in run.promotion_questions if wanted(problem)]
-    if method == "upper":
-        if settings.curated:
-            return soar.read_jsonl(settings.curated)
-        if not run.tiny:
-            raise UserError("--methods upper needs curated problems: --curated FILE.jsonl")
-        facts = [f"{x}*{y}" for x in range(4, 10) for y in range(4, 10)]
-        return [Problem(soar.worksheet([fact]), soar.worksheet([int(fact[0]) * int(fact[2])])) for fact in facts]
+# ======== 4. Students: what does each train on, and how good does it get? =============================================
+
+def synthetic_problems(run: Run, method: str, seed: int, settings: Settings) -> list[Problem]:
+    """What a method's student trains on beside the hard train set: [] for most. Raises UserError."""
+    if method == "pq":
+        return run.promotion_questions
+    if method in ("pq-well-posed", "pq-correct"):
+        return [problem for problem in run.promotion_questions if judge(problem)[method == "pq-correct"]]
+    if method == "upper" and settings.curated:
+        return soar.read_jsonl(settings.curated)
+    if method == "upper":  # all single products of the tiny world
+        return [Problem(f"a= {x}*{y}", f"a= {x * y}") for x in range(4, 10) for y in range(4, 10)]
+    if method not in ("grounded-t", "no-promotion", "intrinsic-t", "base-t"):
+        return []
 
     def ask_teacher(path):
-        soar.restore(run.policy.model, run.policy.base if method == "base-t" else saved_weights(run, "teacher"))
+        load_weights(run, "base" if method == "base-t" else "teacher")
         generator = soar.seeded(run.config.seed, "eval questions", method, seed)
         return [vars(problem) for _, problem in soar.propose(run.policy, settings.questions, run.config, generator)[0]]
 
-    if method in ("grounded-t", "no-promotion", "intrinsic-t", "base-t"):
-        asked = remembered(run, f"questions-{method}-{seed}", (settings.questions,), ask_teacher)
-        return [Problem(**problem) for problem in asked]
-    return []
+    return [Problem(**row) for row in remembered(run, f"questions-{method}-{seed}", (settings.questions,), ask_teacher)]
 
+def schedule(run: Run, method: str, synthetic: list[Problem], settings: Settings, key: tuple) -> tuple[list, Config]:
+    """(batches of a fresh student, its Config). Curriculum: synthetic problems, then hard ones; mixed: both, shuffled."""
+    config, order = run.config, soar.seeded(*key, "order")
+    mixed = settings.mix == "mixed" or settings.mix == "auto" and config.dataset in ("harp", "olympiad")
+    curriculum = bool(synthetic) and not mixed  # it crashes on HARP and OlympiadBench (paper)
+    group = config.group * (4 if method == "hard-only-4x" else 1)  # 4 x 32 = 128 (paper)
+    steps = settings.steps or (200 if config.dataset == "tiny" else 1500)
+    if method == "hard-only-equal":
+        steps = math.ceil(student_rollouts(run) / (config.batch * group))
+    first = min(settings.synthetic_steps, steps) if curriculum else 0
+    batches = soar.epochs(synthetic, first, config.batch, order)
+    batches += soar.epochs(run.train if curriculum else synthetic + run.train, steps - first, config.batch, order)
+    return batches, replace(config, group=group, student_warmup=0 if curriculum else settings.warmup)
 
-# ======== 4. Students: train one, measure it, remember it =============================================================
+def student(run: Run, method: str, seed: int, settings: Settings) -> dict:
+    """One student of a method, measured (see section 2). Remembered. Raises UserError."""
+    key = ("eval", run.config.seed, method.removesuffix("-equal"), seed)  # all the luck of this student
+    weights, batches, config = {"base": "base", "ps": "student", "solver": "teacher"}.get(method), [], run.config
+    if not weights:
+        batches, config = schedule(run, method, synthetic_problems(run, method, seed, settings), settings, key)
 
+    def work(path):
+        load_weights(run, weights or "base")
+        if not weights:
+            return train_and_measure(run, batches, config, settings, key, path.with_suffix(".pt"))
+        right = soar.right_counts(run.policy, run.test, settings.samples, config, soar.seeded(*key, "measure"))
+        return {"points": [{"step": 0, "right": right}], "reward": [], "rollouts": 0}
+
+    flags = {name: value for name, value in vars(config).items() if name not in soar.RESUMABLE}
+    flags |= {"samples": settings.samples, "points": settings.points}
+    return remembered(run, f"{method}-{seed}", (flags, run.train, run.test, batches), work)
+
+def train_and_measure(run: Run, batches, config: Config, settings: Settings, key: tuple, path: Path) -> dict:
+    """The live model as a fresh student, measured --points times on the way, each time with a checkpoint to go on from."""
+    model, moments = run.policy.model, soar.adamw_state(run.policy.model)
+    result = {"points": [], "reward": [], "rollouts": len(batches) * config.batch * config.group}
+    if path.exists():
+        with soar.whole(path, "delete it and this student starts again"):
+            weights, moments, result = torch.load(path, weights_only=True, map_location=model.device).values()
+            soar.restore(model, weights)
+    stops = {math.ceil(len(batches) * i / settings.points) for i in range(1, settings.points + 1)}
+
+    def point(step):
+        generator = soar.seeded(*key, step, "measure")
+        right = soar.right_counts(run.policy, run.test, settings.samples, run.config, generator)  # [problems]
+        result["points"].append({"step": step, "right": right})
+        state = {"weights": soar.snapshot(model), "moments": moments, "result": result}
+        soar.write_whole(path, lambda file: torch.save(state, file))
+
+    def after_step(step, figures):
+        bar.update()
+        result["reward"].append(figures["reward"])
+        if step + 1 in stops:
+            point(step + 1)
+
+    if not result["points"]:
+        point(0)
+    done = len(result["reward"])
+    with tqdm(total=len(batches), initial=done, desc=path.stem.rsplit("-", 1)[0], disable=None, leave=False) as bar:
+        soar.train_student(run.policy, batches, config, key, after_step, moments, done)
+    path.unlink()
+    return result
 
 @torch.inference_mode()
 def embed(run: Run, settings: Settings, problems: list[Problem]) -> np.ndarray:
     """Questions -> [problems, D]: mean-pooled last hidden states of the base model, or of --embedder. Raises UserError."""
+    load_weights(run, "base")
     model, tokenizer = run.policy.model, run.policy.tokenizer
     if settings.embedder:
         model, tokenizer = soar.load_model(settings.embedder, run.config)
-    else:
-        soar.restore(model, run.policy.base)
     rows = []
     for problem in problems:  # one at a time: no padding to leave out of the mean
         ids = torch.tensor([tokenizer(problem.question).input_ids], device=model.device)  # [1, T]
         rows.append(model.base_model(input_ids=ids).last_hidden_state[0].float().mean(0).cpu().numpy())  # [D]
     return np.stack(rows)
 
-
-def measure(run: Run, settings: Settings, key: tuple) -> list[int]:
-    """Right answers of the live model among --samples at each test problem -> [problems]."""
-    return soar.right_counts(run.policy, run.test, settings.samples, run.config, soar.seeded(*key, "measure"))
-
-
-def schedule(run: Run, method: str, synthetic: list[Problem], settings: Settings, key: tuple) -> tuple[list, Config]:
-    """(the batches of a fresh student, its Config). Curriculum: synthetic problems, then hard ones; mixed: both, shuffled."""
-    config, mix = run.config, settings.mix
-    if mix == "auto":
-        mix = "mixed" if config.dataset in ("harp", "olympiad") else "curriculum"
-    group = config.group * (4 if method == "hard-only-4x" else 1)
-    steps = settings.steps or (200 if run.tiny else 1500)
-    if method == "hard-only-equal":
-        steps = math.ceil(student_rollouts(run) / (config.batch * group))
-    order = soar.seeded(*key, "order")
-    if synthetic and mix == "curriculum":
-        first = min(settings.synthetic_steps, steps)
-        batches = soar.epochs(synthetic, first, config.batch, order)
-        batches += soar.epochs(run.train, steps - first, config.batch, order)
-    else:
-        batches = soar.epochs(synthetic + run.train, steps, config.batch, order)
-    warmup = 0 if synthetic and mix == "curriculum" else settings.warmup
-    return batches, dataclasses.replace(config, group=group, student_warmup=warmup)
-
-
-def student(run: Run, method: str, seed: int, settings: Settings) -> dict:
-    """One student of a method -> {"points": [{"step", "right" [problems]}], "reward" [S], "rollouts" (spent on training)}."""
-    policy, key = run.policy, ("eval", run.config.seed, method.removesuffix("-equal"), seed)
-    synthetic, saved = questions_for(run, method, settings, seed), {"ps": "student", "solver": "teacher"}.get(method)
-    trains = method != "base" and not saved
-    batches, config = schedule(run, method, synthetic, settings, key) if trains else ([], run.config)
+def about_problems(run: Run, method: str, settings: Settings) -> dict:
+    """Diversity and correctness (real problems: a vote's) of a method's synthetic problems; {} where it has none."""
+    problems, n = synthetic_problems(run, method, settings.seed, settings), settings.samples
 
     def work(path):
-        soar.restore(policy.model, saved_weights(run, saved) if saved else policy.base)
-        if trains:
-            return train_and_measure(run, batches, config, settings, key, path.with_suffix(".pt"), f"{method} {seed}")
-        return {"points": [{"step": 0, "right": measure(run, settings, key)}], "reward": [], "rollouts": 0}
-
-    flags = {name: value for name, value in vars(config).items() if name not in soar.RESUMABLE}
-    return remembered(run, f"{method}-{seed}", (flags, run.train, run.test, batches, settings.samples, settings.points), work)
-
-
-def train_and_measure(run: Run, batches, config: Config, settings: Settings, key: tuple, path: Path, label: str) -> dict:
-    """The live model as a fresh student, measured --points times on the way; each leaves a checkpoint, to go on from."""
-    model, moments = run.policy.model, soar.adamw_state(run.policy.model)
-    result = {"points": [], "reward": [], "rollouts": len(batches) * config.batch * config.group}
-    if path.exists():
-        try:
-            saved = torch.load(path, weights_only=True, map_location=model.device)
-            moments, result = saved["moments"], json.loads(saved["result"])
-            soar.restore(model, saved["weights"])
-        except Exception:  # a zip error, a pickle error, a missing key
-            raise UserError(f"{path} is damaged; delete it and this student starts again") from None
-    stops = {math.ceil(len(batches) * i / settings.points) for i in range(1, settings.points + 1)}
-    bar = tqdm(total=len(batches), initial=len(result["reward"]), desc=label, disable=None, leave=False)
-
-    def point(step):
-        result["points"].append({"step": step, "right": measure(run, settings, (*key, step))})
-
-    def after_step(step, figures):
-        result["reward"].append(figures["reward"])
-        bar.update()
-        if step + 1 in stops:
-            point(step + 1)
-            state = {"weights": soar.snapshot(model), "moments": moments, "result": json.dumps(result)}
-            soar.write_whole(path, lambda file: torch.save(state, file))
-
-    if not result["points"]:
-        point(0)
-    soar.train_student(run.policy, batches, config, key, after_step, moments, len(result["reward"]))
-    bar.close()
-    path.unlink()
-    return result
-
-
-def about_questions(run: Run, method: str, settings: Settings) -> dict:
-    """Diversity and correctness of a method's synthetic problems; {} where it has none."""
-    problems = questions_for(run, method, settings, settings.seed)
-
-    def work(path):
-        rng, embeddings = np.random.default_rng(0), embed(run, settings, problems)
-        draws = [vendi(embeddings[rng.integers(len(problems), size=len(problems))]) for _ in range(100)]
+        rng, embeddings = np.random.default_rng(0), embed(run, settings, problems)  # [problems, D]; the base model is live
+        draws = [vendi(embeddings[rng.integers(len(problems), size=len(problems))]) for _ in range(100)]  # (paper)
         about = {"questions": len(problems), "vendi": float(np.mean(draws))}
-        if run.tiny:
-            verdicts = np.array([judge(problem) for problem in problems], float)
-            return about | dict(zip(("well-posed", "correct"), verdicts.mean(0).tolist())) | soar.topic_shares(problems)
-        soar.restore(run.policy.model, run.policy.base)
-        generator, n = soar.seeded(run.config.seed, "majority"), settings.samples
-        boxes = [soar.extract_boxed(rollout.text) for rollout in soar.solve(run.policy, problems, n, run.config, generator)[0]]
+        if run.config.dataset == "tiny":
+            well_posed, right = np.mean([judge(problem) for problem in problems], 0).tolist()
+            return about | {"well-posed": well_posed, "correct": right} | soar.topic_shares(problems)
+        rollouts, _ = soar.solve(run.policy, problems, n, run.config, soar.seeded(run.config.seed, "majority"))
+        boxes = [soar.extract_boxed(rollout.text) for rollout in rollouts]  # [problems * n]
         agree = [majority_agrees(boxes[i * n:(i + 1) * n], problem.answer) for i, problem in enumerate(problems)]
         return about | {"agrees with the base model's majority vote": float(np.mean(agree))}
 
-    return remembered(run, f"about-{method}", (problems, settings.embedder, settings.samples), work) if problems else {}
-
+    return remembered(run, f"about-{method}", (problems, settings.embedder, n), work) if problems else {}
 
 def diversity_curve(run: Run, settings: Settings) -> dict:
-    """Vendi score of (at most) the first 128 questions of some 20 outer steps -> {"step": [...], "vendi": [...]}."""
-    def work(path):
-        rows = read_log(run.folder / "questions.jsonl")
-        steps = list(range(0, run.config.steps, math.ceil(run.config.steps / 20)))
-        asked = [[Problem(row["question"], "") for row in rows if row["step"] == step][:128] for step in steps]
-        parts = np.split(embed(run, settings, sum(asked, [])), np.cumsum([len(problems) for problems in asked])[:-1])
-        return {"step": steps, "vendi": [vendi(part) for part in parts]}
-
-    return remembered(run, "diversity", (settings.embedder,), work)
+    """{outer step: Vendi score of (at most) the first 128 questions}, for some 20 of the steps."""
+    rows, curve = read_rows(run.folder / "questions.jsonl"), {}
+    for step in range(0, run.config.steps, math.ceil(run.config.steps / 20)):
+        asked = [Problem(row["question"], "") for row in rows if row["step"] == step]
+        curve[step] = vendi(embed(run, settings, asked[:128]))
+    return curve
 
 
-# ======== 5. Tables and curves: how do the numbers become readable? ===================================================
+# ======== 5. Tables: how do the numbers become readable? ==============================================================
 
+def summary(students: list[list[dict]], dataset: str, samples: int) -> dict:
+    """[R][N] students of a method -> its entry in eval.json: at the paper's choice, at the last step, the curves."""
+    def rates(points):  # -> [K, problems], mean over the points
+        each = [[[soar.pass_at_k(samples, right, k) for right in point["right"]] for k in KS] for point in points]
+        return np.mean(each, 0)
 
-def rates(result: dict, dataset: str, samples: int, last: bool) -> dict[int, np.ndarray]:
-    """{k: pass@k [problems]}: of the last step, or the mean over the paper's choice and the 200 steps after it."""
-    low, high = 50, 50  # the paper's choice on OlympiadBench
-    if dataset != "olympiad":
-        low = chosen_step(result["reward"])
-        high = low + 200
-    later = [p for p in result["points"] if p["step"] >= low] or result["points"][-1:]
-    chosen = result["points"][-1:] if last else [p for p in later if p["step"] <= high] or later[:1]
-    return {k: np.mean([[soar.pass_at_k(samples, c, k) for c in p["right"]] for p in chosen], 0) for k in KS}
+    def table(choose):
+        runs = [np.array([rates(choose(one)) for one in row]) for row in students]  # [R] arrays [N, K, problems]
+        return {f"pass@{k}": nested([run[:, i].mean(1) for run in runs]) | {
+            "interval": bootstrap([run[:, i].mean(0) for run in runs])} for i, k in enumerate(KS)}
 
+    everyone, columns = sum(students, []), ["step", *(f"pass@{k}" for k in KS)]
+    row = lambda point: dict(zip(columns, [point["step"], *rates([point]).mean(1).tolist()]))
+    return table(lambda one: chosen_points(one, dataset)) | {
+        "last": table(lambda one: one["points"][-1:]), "rollouts": max(one["rollouts"] for one in everyone),
+        "curves": [[row(point) for point in one["points"]] for one in everyone]}
 
-def summary(results: list[list[dict]], dataset: str, samples: int) -> dict:
-    """[R][N] students of one method -> {"pass@k": mean, sd, n, interval; the same of the last step under "last"; curves}."""
-    chosen, final = ([[rates(result, dataset, samples, last) for result in row] for row in results] for last in (False, True))
-    both = [{f"pass@{k}": nested([[v[k].mean() for v in row] for row in values])
-             | {"interval": bootstrap([np.mean([v[k] for v in row], 0) for row in values])} for k in KS}
-            for values in (chosen, final)]
-    flat = sum(results, [])
-    mean = lambda p, k: float(np.mean([soar.pass_at_k(samples, c, k) for c in p["right"]]))
-    curves = [[{"step": p["step"]} | {f"pass@{k}": mean(p, k) for k in KS} for p in result["points"]] for result in flat]
-    return both[0] | {"last": both[1], "rollouts": max(result["rollouts"] for result in flat), "curves": curves}
-
-
-def methods_table(methods: dict, dataset: str) -> list[list[str]]:
-    """Rows of cells: percent, mean and SD, the paper's figure in brackets."""
-    rows = [["method", "n", *(f"pass@{k}" for k in KS), "95 % interval of pass@1"]]
+def methods_table(methods: dict, dataset: str) -> dict:
+    """eval.json's "methods" -> {label: {column: cell}}: percent, mean ± SD, the paper's figure in brackets."""
+    rows, percent = {}, lambda x: f"{100 * x:.1f}"
     for name, entry in methods.items():
-        paper = [f" [{figure}]" for figure in PAPER.get(dataset, {}).get(name, ())] or [""] * len(KS)
-        last = [(f"{name}, last step", entry["last"], [""] * len(KS))] if entry["rollouts"] else []
-        for label, part, brackets in [(name, entry, paper), *last]:
-            cells = [part[f"pass@{k}"] for k in KS]
-            low, high = part["pass@1"]["interval"]
-            rows.append([label, str(cells[0]["n"]), *(
-                f"{cell['mean']:.1%}"[:-1] + ("" if cell["sd"] is None else f" ± {cell['sd']:.1%}"[:-1]) + bracket
-                for cell, bracket in zip(cells, brackets)), f"{100 * low:.1f} to {100 * high:.1f}"])
+        parts = {name: entry, f"{name}, last step": entry["last"]} if entry["rollouts"] else {name: entry}
+        for label, part in parts.items():
+            cells = rows[label] = {"n": str(part["pass@1"]["n"])}
+            for column in [f"pass@{k}" for k in KS]:
+                sd = part[column]["sd"]
+                cells[column] = percent(part[column]["mean"]) + ("" if sd is None else f" ± {percent(sd)}")
+            cells["95 % interval of pass@1"] = " to ".join(map(percent, part["pass@1"]["interval"]))
+        for k, figure in zip(KS, PAPER.get(dataset, {}).get(name, "").split()):
+            rows[name][f"pass@{k}"] += f" [{figure}]"
     return rows
 
-
-def questions_table(questions: dict) -> list[list[str]]:
-    columns = list(next(iter(questions.values())))
-    show = lambda name, value: f"{value:.1f}" if name in ("vendi", "questions") else f"{value:.0%}"
-    return [["problems of", *columns]] + [[method, *(show(name, entry[name]["mean"]) for name in columns)]
-                                          for method, entry in questions.items()]
-
-
-def markdown(rows: list[list[str]]) -> str:
-    """A Markdown table whose columns are aligned, so that it can also be read on a screen."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+def markdown(corner: str, rows: dict) -> str:
+    """{label: {column: cell}} -> a Markdown table whose columns are aligned, so that it can also be read on a screen."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    lines = [[corner, *columns]] + [[label, *(row.get(column, "") for column in columns)] for label, row in rows.items()]
+    widths = [max(map(len, cells)) for cells in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines)
 
 
-def draw(axis, xs: list, ys: list, color, line: str = "-", label: str | None = None) -> None:
-    """One thin line a seed and, where all have the same x, their mean as a thick one."""
-    for x, y in zip(xs, ys):
+# ======== 6. Curves: what happens on the way? (--plot, needs matplotlib) ==============================================
+
+def draw(axis, curves: list, color, label: str, line: str = "-") -> None:
+    """Each curve (x, y) as a thin line, their mean as a thick one. Where nothing was trained: one dotted line across."""
+    grid = curves[0][0]
+    mean = np.mean([np.interp(grid, x, y) for x, y in curves], 0)
+    if len(grid) == 1:
+        axis.axhline(mean[0], linestyle=":", color=color, linewidth=2, label=label)
+        return
+    for x, y in curves:
         axis.plot(x, y, line, color=color, linewidth=0.6, alpha=0.5)
-    if all(x == xs[0] for x in xs):
-        axis.plot(xs[0], np.mean(ys, 0), line, color=color, linewidth=2, label=label)
-    else:
-        axis.plot([], [], line, color=color, linewidth=2, label=label)
+    axis.plot(grid, mean, line, color=color, linewidth=2, label=label)
 
+def plot_teachers(topics, reward, diversity, kind: str, color: str, runs: list[dict]) -> None:
+    """The runs of one kind. x is what their students sampled: a learnability step costs a tenth of a grounded one."""
+    spent = lambda run, steps: [(step + 1) / len(run["log"]) * run["rollouts"] for step in steps]
+    xs = [spent(run, range(len(run["log"]))) for run in runs]
+    series = lambda figure: [(x, [figure(row) for row in run["log"]]) for x, run in zip(xs, runs)]
+    draw(diversity, [(spent(run, run["diversity"]), list(run["diversity"].values())) for run in runs], color, kind)
+    if "topics" in runs[0]["log"][0]:
+        for topic, line in zip(soar.TOPICS, ("-", ":", "--")):
+            draw(topics, series(lambda row: 100 * row["topics"][topic]), color, f"{kind}: {topic}", line)
+    if kind != "learnability":  # whose reward is another quantity
+        draw(reward, series(lambda row: row["reward"]), color, kind)
+        for x, run in zip(xs, runs):
+            up = [i for i, row in enumerate(run["log"]) if row["promotion"]]
+            reward.plot([x[i] for i in up], [run["log"][i]["reward"] for i in up], "^", color=color)
 
 def plot(path: Path, students: dict, runs: list[dict], samples: int) -> None:
     """Four panels: students during training, topics, the teacher's reward with its promotions, diversity."""
@@ -524,51 +466,32 @@ def plot(path: Path, students: dict, runs: list[dict], samples: int) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, ((curves, topics), (reward, diversity)) = pyplot.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
+    spent = lambda one: [point["step"] / max(1, len(one["reward"])) * one["rollouts"] for point in one["points"]]
+    right = lambda one: [100 / samples * np.mean(point["right"]) for point in one["points"]]  # pass@1
     colors = pyplot.cm.tab20.colors  # dark and light in turn
-    for color, (method, results) in zip(colors[::2] + colors[1::2], students.items()):
-        results = sum(results, [])
-        ys = [[100 / samples * np.mean(p["right"]) for p in result["points"]] for result in results]  # pass@1
-        if len(ys[0]) == 1:  # nothing was trained
-            curves.axhline(np.mean(ys), color=color, linestyle=":", linewidth=2, label=method)
-        else:
-            xs = [[p["step"] / r["points"][-1]["step"] * r["rollouts"] for p in r["points"]] for r in results]
-            draw(curves, xs, ys, color, label=method)
-    kinds = {"grounded": "tab:blue", "no-promotion": "tab:gray", "learnability": "tab:red"}
-    for kind, color in kinds.items():
-        group = [run for run in runs if run["kind"] == kind]
-        # The budget is the students' completions: a step of the learnability teacher costs a tenth of a grounded one.
-        logs, share = [run["log"] for run in group], lambda run, step: (step + 1) / len(run["log"]) * run["rollouts"]
-        xs = [[share(run, row["step"]) for row in run["log"]] for run in group]
-        if group:
-            draw(diversity, [[share(run, step) for step in run["diversity"]["step"]] for run in group],
-                 [run["diversity"]["vendi"] for run in group], color, label=kind)
-        if group and kind != "learnability":  # whose reward is another quantity
-            draw(reward, xs, [[row["reward"] for row in log] for log in logs], color, label=kind)
-            for x, log in zip(xs, logs):
-                up = [i for i, row in enumerate(log) if row["promotion"]]
-                reward.plot([x[i] for i in up], [log[i]["reward"] for i in up], "^", color=color)
-        if group and "topics" in logs[0][0]:
-            for topic, line in zip(soar.TOPICS, ("-", ":", "--")):
-                draw(topics, xs, [[100 * row["topics"][topic] for row in log] for log in logs], color, line, f"{kind}: {topic}")
-    budget = "completions sampled by students"
-    curves.set(title="Students during their training", xlabel=budget, ylabel="pass@1 on the hard test set, %")
+    for color, (method, rows) in zip(colors[::2] + colors[1::2], students.items()):
+        draw(curves, [(spent(one), right(one)) for one in sum(rows, [])], color, method)
+    for kind, color in {"grounded": "tab:blue", "no-promotion": "tab:gray", "learnability": "tab:red"}.items():
+        if group := [run for run in runs if run["kind"] == kind]:
+            plot_teachers(topics, reward, diversity, kind, color, group)
     curves.set_xscale("symlog", linthresh=1000)
     curves.set_xticks([0, 1e3, 1e4, 1e5])
-    topics.set(title="What the teachers write", xlabel=budget, ylabel="% of the problems", ylim=0)
-    reward.set(title="The teacher's reward, and promotions (triangles)", xlabel=budget, ylabel="mean R")
-    diversity.set(title="Diversity of a step's questions", xlabel=budget, ylabel="Vendi score")
-    for axis in (curves, topics, reward, diversity):
+    topics.set_ylim(0)
+    for axis, title, unit in ((curves, "Students during their training", "pass@1 on the hard test set, %"),
+                              (topics, "What the teachers write", "% of the problems"),
+                              (reward, "The teacher's reward, and promotions (triangles)", "mean R"),
+                              (diversity, "Diversity of a step's questions", "Vendi score")):
+        axis.set(title=title, xlabel="completions sampled by students", ylabel=unit)
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8, loc="upper left" if axis is curves else "best")
+            axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 
-# ======== 6. Benchmark: where does the time go, and is our sampler worth its lines? ===================================
+# ======== 7. Benchmark: where does the time go, and is soar.py's sampler worth its lines? =============================
 
 SHAPES = {  # vocabulary, width, MLP width, layers, heads, key/value heads of Qwen2.5-0.5B and -1.5B and of Llama-3.2-3B
-    "random-0.5b": ("Qwen2Config", 151936, 896, 4864, 24, 14, 2), "random-1.5b": ("Qwen2Config", 151936, 1536, 8960, 28, 12, 2),
-    "random-3b": ("LlamaConfig", 128256, 3072, 8192, 28, 24, 8)}
-
+    "random-0.5b": (151936, 896, 4864, 24, 14, 2), "random-1.5b": (151936, 1536, 8960, 28, 12, 2),
+    "random-3b": (128256, 3072, 8192, 28, 24, 8)}
 
 @dataclass
 class Benchmark:
@@ -579,237 +502,210 @@ class Benchmark:
     prompts: int = 8  # distinct prompts
     samples: int = 32  # completions of each
     tokens: int = 200  # new tokens at most (tiny: 24)
-    prompt_tokens: int = 100  # tokens of a prompt (tiny: as its problems are)
     repeats: int = 3  # turns
     threads: int = 1  # torch's CPU threads
-    micro_tokens: int = 4096  # padded tokens in one backward pass
+    micro_tokens: int = 4096  # padded tokens in one backward pass (tiny: 1024)
     out: str = ""  # folder for benchmark.json; empty: none is written
-
 
 def clock() -> float:
     """Wall seconds on a GPU; on a CPU the seconds of this process, which other programs disturb less."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
+    return time.perf_counter() if torch.cuda.is_available() else time.process_time()
 
+def race(ways: dict, repeats: int, device) -> dict:
+    """{name: way(turn) -> tokens made} -> {name: tokens/s, how many times faster soar.py is, peak GB}.
 
-def race(ways: dict, repeats: int) -> dict:
-    """{name: way(turn) -> tokens made}; the first is ours -> tokens/s of each, and how many times faster ours was, by turn."""
-    speeds = {name: [] for name in ways}
-    for turn in range(-1 if torch.cuda.is_available() else 0, repeats):  # on a GPU turn -1 warms up and does not count
-        for name, way in ways.items():
-            start, tokens = clock(), way(turn)
-            if turn >= 0:
-                speeds[name].append(tokens / (clock() - start))
-    ours = np.array(next(iter(speeds.values())))
-    return {name: {"tokens/s": float(np.median(row)), "ours is faster by": float(np.median(ours / row))}
-            for name, row in speeds.items()}
-
-
-def benchmark_policy(flags: Benchmark, config: Config) -> Policy:
-    """A real model, or random weights of a known shape with the tiny world's tokenizer."""
-    if flags.model not in SHAPES:
-        return soar.load_policy(soar.tiny_base_model(config) if flags.model == "tiny" else flags.model, config, Meter())
-    import transformers
-    kind, *sizes = SHAPES[flags.model]
-    names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
-    shape = getattr(transformers, kind)(**dict(zip(names, sizes)), tie_word_embeddings=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.device(device), tempfile.TemporaryDirectory() as folder:
-        model = transformers.AutoModelForCausalLM.from_config(
-            shape, dtype=torch.float32 if device == "cpu" else torch.bfloat16).eval()
-        return Policy(model, None, soar.tiny_tokenizer(Path(folder)), "", "{problem}", False, soar.snapshot(model), Meter())
-
-
-def end_half_early(model, prompts: list[list[int]], limit: int) -> None:
-    """Make random ids EOS that are together ln(2) / limit of what the model samples, so half of the completions end early.
-
-    The real EOS hardly ever follows prompts of random words, and never comes from random weights.
+    All take turns; turn 0 only warms up. On a CPU the peak can only grow, so the small ways come first.
     """
-    model.generation_config.eos_token_id = [-1]
-    draw = torch.rand(4 * len(prompts), limit, generator=soar.seeded("calibrate")).to(model.device)
-    tokens = soar.generate(model, prompts, 4, limit, 1.0, draw)[0]
-    shares = (torch.bincount(tokens.flatten().cpu(), minlength=model.config.vocab_size) / tokens.numel()).tolist()
-    chosen, total, target = [], 0.0, math.log(2) / limit
-    for token in torch.randperm(len(shares), generator=soar.seeded("eos")).tolist():
-        if total < target and shares[token] < target / 4:
-            chosen, total = chosen + [token], total + shares[token]
-    model.generation_config.eos_token_id = chosen
+    speeds, peaks = {name: [] for name in ways}, {}
+    for turn in range(repeats + 1):
+        for name, way in ways.items():
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            start, tokens = clock(), way(turn)
+            speeds[name].append(tokens / (clock() - start))
+            peaks.setdefault(name, soar.peak_memory_gb(device))
+    ours = np.array(speeds["soar.py"])
+    return {name: {"tokens/s": np.median(row[1:]), "soar.py is faster by": np.median((ours / row)[1:]),
+                   "peak GB": peaks[name]} for name, row in speeds.items()}
 
-
-def benchmark_sampler(model, prompts: list[list[int]], flags: Benchmark) -> dict:
+def benchmark_sampler(policy: Policy, prompts: list[list[int]], flags: Benchmark, config: Config) -> dict:
     """Useful tokens (up to EOS) a second, against transformers' generate without any filter; on a GPU also the roofline."""
-    n, limit, T, c = flags.samples, flags.tokens, max(map(len, prompts)), model.config
+    model, n, limit, T = policy.model, flags.samples, config.student_tokens, max(map(len, prompts))
     ids = torch.tensor([[0] * (T - len(p)) + p for p in prompts], device=model.device)  # [P, T], padded on the left
     mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     eos, lengths = torch.tensor(sorted(soar.eos_ids(model)), device=model.device), []
 
     def ours(turn):
         draw = torch.rand(len(prompts) * n, limit, generator=soar.seeded("benchmark", turn)).to(model.device)
-        lengths.append(soar.generate(model, prompts, n, limit, 1.0, draw)[1])
+        lengths.append(soar.generate(model, prompts, n, limit, 1.0, draw)[1])  # [P*n]
         return lengths[-1].sum().item()
 
-    def theirs(cache, turn):
-        torch.manual_seed(turn + 1)
+    def theirs(turn, cache=None):
+        torch.manual_seed(turn)
         new = model.generate(input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                              repetition_penalty=1.0, pad_token_id=0, num_return_sequences=n, max_new_tokens=limit,
                              cache_implementation=cache)[:, T:]  # [P*n, limit]
-        ended = torch.isin(new, eos)
-        return torch.where(ended.any(1), ended.int().argmax(1) + 1, new.shape[1]).sum().item()
+        ended = torch.isin(new, eos).int()
+        return (ended.cumsum(1) - ended == 0).sum().item()  # tokens with no EOS before them
 
-    result = race({"soar.py": ours, "generate, dynamic cache": lambda turn: theirs(None, turn),
-                   "generate, static cache": lambda turn: theirs("static", turn)}, flags.repeats)
-    result["soar.py"]["ended early"] = torch.cat(lengths).lt(limit).double().mean().item()
-    if torch.cuda.is_available():  # what a decode step must read, over the bandwidth of a copy (which reads and writes)
-        x, y = (torch.empty(1 << 30, dtype=torch.uint8, device="cuda") for _ in range(2))
-        y.copy_(x), (start := clock()), [y.copy_(x) for _ in range(10)]
-        bandwidth, weights = 20 * x.nbytes / (clock() - start), sum(p.nbytes for p in model.parameters())
-        head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        cache = 2 * c.num_hidden_layers * c.num_key_value_heads * head * model.dtype.itemsize  # bytes a token
-        rows = [(len(prompts[i // n]), length) for i, length in enumerate(lengths[-1].tolist())]
-        read = weights * max(length for _, length in rows) + cache * sum(p * k + k * (k - 1) // 2 for p, k in rows)
-        result["soar.py"]["of the roofline"] = result["soar.py"]["tokens/s"] * read / bandwidth / sum(k for _, k in rows)
+    result = race({"soar.py": ours, "generate, dynamic cache": theirs,
+                   "generate, static cache": partial(theirs, cache="static")}, flags.repeats, model.device)
+    result["soar.py"]["ended early"] = (lengths[-1] < limit).double().mean().item()
+    if model.device.type == "cuda":
+        bound = roofline(model, mask.sum(1).repeat_interleave(n), lengths[-1])
+        result["soar.py"]["of the roofline"] = result["soar.py"]["tokens/s"] / bound
     return result
 
+def roofline(model, prompts, lengths) -> float:
+    """Tokens/s of a sampler that only reads: all weights at each step, each row's cache. [B], [B] lengths in tokens."""
+    x, c = torch.zeros(1 << 30, dtype=torch.uint8, device=model.device), model.config
+    y, start = x.clone(), clock()
+    for _ in range(10):
+        y.copy_(x)
+    bandwidth = 20 * x.nbytes / (clock() - start)  # bytes/s: a copy reads and writes
+    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    cache = 2 * c.num_hidden_layers * c.num_key_value_heads * head * model.dtype.itemsize  # bytes a token
+    read = sum(p.nbytes for p in model.parameters()) * lengths.max() + cache * (lengths * (prompts + lengths / 2)).sum()
+    return (lengths.sum() * bandwidth / read).item()
 
 def full_logprobs(model, rollouts: list, temperature: float):
     """What completion_logprobs avoids: logits [B, T, V] of all positions at once."""
-    T = max(len(r.prompt + r.completion) for r in rollouts)
-    ids = torch.tensor([(r.prompt + r.completion + [0] * T)[:T] for r in rollouts], device=model.device)  # [B, T]
+    texts = [torch.tensor(r.prompt + r.completion) for r in rollouts]
+    ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).to(model.device)  # [B, T]
     logprobs = (model(input_ids=ids).logits.float() / temperature).log_softmax(-1)[:, :-1]  # [B, T - 1, V]
     logprobs = logprobs.gather(-1, ids[:, 1:, None])[..., 0]  # [B, T - 1]
-    return torch.stack([row[len(r.prompt) - 1:len(r.prompt + r.completion) - 1].sum() for row, r in zip(logprobs, rollouts)])
-
+    return torch.stack([row[len(r.prompt) - 1:len(text) - 1].sum() for row, r, text in zip(logprobs, rollouts, texts)])
 
 def benchmark_update(policy: Policy, prompts: list[list[int]], flags: Benchmark, config: Config) -> dict:
-    """Trained tokens a second and peak memory (of a CPU process: it can only grow, so the small ones come first)."""
-    rng, state, chunked = random.Random(0), soar.adamw_state(policy.model), soar.completion_logprobs
-    words = lambda: [rng.randrange(3, 100) for _ in range(rng.randint(flags.tokens // 4, flags.tokens))]
+    """Trained tokens a second and peak memory, on made-up completions."""
+    rng, state, device = random.Random(0), soar.adamw_state(policy.model), policy.model.device
+    words = lambda: rng.choices(range(3, 100), k=rng.randint(config.student_tokens // 4, config.student_tokens))
     rollouts = [soar.Rollout(prompt, words(), "", False) for prompt in prompts for _ in range(flags.samples)]
 
-    def update(part, logprobs):
-        if policy.model.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+    def update(turn, part=rollouts, logprobs=soar.completion_logprobs):
         with mock.patch.object(soar, "completion_logprobs", logprobs):
-            rounding = soar.seeded("benchmark", device=policy.model.device)
+            rounding = soar.seeded("benchmark", turn, device=device)
             soar.policy_update(policy, part, torch.ones(len(part)), state, 1e-6, config, rounding)
-        return sum(len(r.completion) for r in part)
+        return sum(len(rollout.completion) for rollout in part)
 
-    peaks = {}
-    for name, part, way in (("soar.py, a quarter of the group", rollouts[::4], chunked), ("soar.py", rollouts, chunked),
-                            ("full logits", rollouts, full_logprobs)):
-        update(part, way)
-        peaks[name] = soar.peak_memory_gb(policy.model.device)
-    speeds = race({"soar.py": lambda _: update(rollouts, chunked), "full logits": lambda _: update(rollouts, full_logprobs)},
-                  flags.repeats)
-    return {name: {"peak GB": peak} | speeds.get(name, {}) for name, peak in peaks.items()}
-
+    return race({"soar.py, a quarter of the group": partial(update, part=rollouts[::4]), "soar.py": update,
+                 "full logits": partial(update, logprobs=full_logprobs)}, flags.repeats, device)
 
 def benchmark_step(policy: Policy, problems: list[Problem], config: Config) -> dict:
-    """Seconds of one outer step by phase. Outside of the tiny world rewards and proposals are made up: there would be none."""
-    seconds, reward, rng = Counter(), soar.student_reward, random.Random(0)
+    """Seconds of one outer step by phase. Rewards and proposals are made up unless tiny: there would be none."""
+    made_up = {"student_reward": lambda text, gold: random.choice((0.0, RIGHT)), "parse_problem": lambda text: problems[0]}
+    state = soar.State(policy.base, soar.adamw_state(policy.model), policy.base)
+    with contextlib.nullcontext() if config.model == "tiny" else mock.patch.multiple(soar, **made_up):
+        policy.meter("other")
+        policy.meter.seconds.clear()
+        soar.outer_step(policy, problems, state, config)
+        policy.meter("other")
+    total = sum(policy.meter.seconds.values())
+    return {phase: {"seconds": spent, "share": spent / total} for phase, spent in policy.meter.seconds.most_common()}
 
-    def timed(phase, function):
-        def run(*positional, **named):
-            start = clock()
-            result = function(*positional, **named)
-            seconds[phase] += clock() - start
-            return result
-        return run
+def benchmark_policy(flags: Benchmark, config: Config, problems: list[Problem]) -> Policy:
+    """What is timed. A random model speaks the tiny world's language; unless tiny, half of the completions end early.
 
-    with contextlib.ExitStack() as stack:
-        patch = lambda where, name, function: stack.enter_context(mock.patch.object(where, name, function))
-        if config.model != "tiny":
-            patch(soar, "student_reward", lambda text, gold: reward(text, gold) * 0 + RIGHT * (len(text) % 2))
-            patch(soar, "parse_problem", lambda text: rng.choice(problems))
-        for name, phase in {"generate": "sampling", "completion_logprobs": "log-probs", "adamw_step": "optimizer",
-                            "student_reward": "grading", "restore": "weight swaps", "snapshot": "weight swaps"}.items():
-            patch(soar, name, timed(phase, getattr(soar, name)))
-        patch(torch.Tensor, "backward", timed("backward", torch.Tensor.backward))
-        state = soar.State(policy.base, soar.adamw_state(policy.model), policy.base)
-        timed("all", soar.outer_step)(policy, problems, state, config)
-    seconds["other"] = 2 * seconds["all"] - sum(seconds.values())
-    return {phase: {"seconds": spent, "share": spent / seconds["all"]} for phase, spent in seconds.most_common()}
-
+    The real EOS never comes from random weights, and hardly ever after such prompts. So random ids become EOS that are
+    together ln(2) / limit of what the model samples.
+    """
+    path = soar.tiny_base_model(config) if flags.model in ("tiny", *SHAPES) else flags.model
+    policy = soar.load_policy(path, config, Meter())
+    if flags.model in SHAPES:
+        from transformers import LlamaConfig, LlamaForCausalLM
+        names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
+        shape = LlamaConfig(**dict(zip(names, SHAPES[flags.model])), tie_word_embeddings=True)
+        with policy.model.device:
+            policy.model = LlamaForCausalLM(shape).to(policy.model.dtype).eval()
+        policy.base = soar.snapshot(policy.model)
+    if flags.model != "tiny":
+        policy.model.generation_config.eos_token_id, target = [-1], math.log(2) / config.student_tokens
+        rollouts, _ = soar.solve(policy, problems, 4, config, soar.seeded("calibrate"))
+        tokens = torch.tensor(sum([rollout.completion for rollout in rollouts], []))
+        ids = torch.randperm(policy.model.config.vocab_size, generator=soar.seeded("eos"))
+        share = torch.bincount(tokens, minlength=len(ids))[ids] / len(tokens)
+        ids, share = ids[share < target / 4], share[share < target / 4]
+        policy.model.generation_config.eos_token_id = ids[share.cumsum(0) < target].tolist()
+    return policy
 
 def benchmark(flags: Benchmark) -> None:
     """A table for each of --parts. Raises UserError."""
     if unknown := set(flags.parts.split(",")) - {"sampling", "update", "step"}:
         raise UserError(f"--parts {','.join(unknown)} does not exist; choose from sampling, update, step")
-    if flags.threads:
-        torch.set_num_threads(flags.threads)
-    rng = random.Random(0)
-    if flags.model == "tiny":
-        config, flags.tokens = Config(**soar.PRESETS["tiny"], tau=math.inf), soar.PRESETS["tiny"]["student_tokens"]
-        problems = [Problem(*soar.textbook_exercise(soar.make_world(0), rng)) for _ in range(flags.prompts)]
-        hard = soar.hard_worksheets(soar.make_world(0), 64, 0)
-    else:
-        config = Config(dataset="made up", model=flags.model, n=flags.prompts, datasets=2, repeats=1, inner_steps=2, kl=0.0,
-                        batch=flags.prompts, group=flags.samples, student_tokens=flags.tokens, teacher_tokens=flags.tokens,
-                        micro_tokens=flags.micro_tokens, checkpointing=torch.cuda.is_available(), tau=math.inf)
-        words = lambda: " ".join(rng.choices(soar.VOCABULARY[12:], k=flags.prompt_tokens))
-        problems = hard = [Problem(words(), "5") for _ in range(flags.prompts)]
-    policy = benchmark_policy(flags, config)
-    prompts = [policy.student_prompt(problem)[-flags.prompt_tokens:] for problem in problems]
-    if flags.model != "tiny":
-        end_half_early(policy.model, prompts, flags.tokens)
-    parts = {"sampling": lambda: benchmark_sampler(policy.model, prompts, flags),
-             "update": lambda: benchmark_update(policy, prompts, flags, config),
-             "step": lambda: benchmark_step(policy, hard, config)}
-    result = {}
-    for title in flags.parts.split(","):
-        soar.restore(policy.model, policy.base)
-        rows = result[title] = parts[title]()
-        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-        cells = [[name, *(f"{row[column]:.3g}" if column in row else "" for column in columns)] for name, row in rows.items()]
-        print("\n" + markdown([[title, *columns], *cells]), flush=True)
+    torch.set_num_threads(flags.threads)
+    world, rng, config, result = soar.make_world(0), random.Random(0), Config(**soar.PRESETS["tiny"], tau=math.inf), {}
+    problems = [Problem(*soar.textbook_exercise(world, rng)) for _ in range(flags.prompts)]
+    hard = soar.hard_worksheets(world, 64, 0)
+    if flags.model != "tiny":  # the same world, with longer prompts and fewer problems
+        problems = hard = [Problem(" ".join(p.question for p in hard[i:i + 5]), "a= 1") for i in range(flags.prompts)]
+        config = replace(
+            config, model=flags.model, kl=0.0, datasets=2, repeats=1, inner_steps=2, n=flags.prompts, batch=flags.prompts,
+            group=flags.samples, student_tokens=flags.tokens, teacher_tokens=flags.tokens, micro_tokens=flags.micro_tokens)
+    policy = benchmark_policy(flags, config, problems)
+    prompts = [policy.student_prompt(problem) for problem in problems]
+    for part in flags.parts.split(","):
+        if part == "step":
+            rows = benchmark_step(policy, hard, config)
+        else:
+            rows = (benchmark_sampler if part == "sampling" else benchmark_update)(policy, prompts, flags, config)
+        result[part] = rows
+        cells = {name: {column: f"{value:.3g}" for column, value in row.items()} for name, row in rows.items()}
+        print("\n" + markdown(part, cells), flush=True)
     if flags.out:
-        soar.write_json(Path(flags.out) / "benchmark.json", result | {"flags": dataclasses.asdict(flags)})
+        soar.write_json(Path(flags.out) / "benchmark.json", result | {"flags": asdict(flags)})
 
 
-# ======== 7. Main: in which order does it happen? =====================================================================
+# ======== 8. Main: in which order does it happen? =====================================================================
 
-
-def evaluate(folders: list[Path], settings: Settings) -> None:
-    """Everything, from the run folders to eval.json. Raises UserError."""
+def evaluate(folders: list[Path], methods: list[str], settings: Settings) -> None:
+    """Everything, from the run folders to eval.json. Raises UserError, for what does not fit together at once."""
     configs = [read_config(folder, settings) for folder in folders]
+    own, kinds = {config.dataset for config in configs}, {"any", *map(kind_of, configs)}
     dataset = settings.dataset or configs[0].dataset
-    if len({config.dataset for config in configs}) > 1:
+    if len(own) > 1:
         raise UserError("the runs are of different data sets; evaluate them one data set at a time")
-    wanted, kinds = chosen_methods(settings), {kind_of(config) for config in configs}
-    for method in wanted:
-        if METHODS[method][1] not in ("any", *kinds) and settings.methods != "all":
-            raise UserError(f"--methods {method} needs a run of the kind {METHODS[method][1]}; given: {', '.join(kinds)}")
-    students, questions, runs, seen = {}, {}, [], set()
+    if {dataset} != own and "tiny" in {dataset, *own}:
+        raise UserError(f"--dataset {dataset} does not fit runs of {configs[0].dataset}: the tiny model knows nothing else")
+    if "upper" in methods and not settings.curated and own != {"tiny"}:
+        raise UserError("--methods upper needs curated problems: --curated FILE.jsonl")
+    needs = lambda method: METHODS[method][1]
+    missing = [method for method in methods if needs(method) not in kinds]
+    if missing and settings.methods != "all":
+        raise UserError(f"--methods {missing[0]} needs a run of the kind {needs(missing[0])}; add one, or leave it out")
+    students, questions, runs, seen = {}, {}, [], set()  # students: {method: [R][N]}
     for folder, config in zip(folders, configs):
         run = open_run(folder, config, settings)
-        task, rollouts = soar.fingerprint(run.train, run.test, config.model), student_rollouts(run)
-        mine = [m for m in wanted if METHODS[m][1] == run.kind or METHODS[m][1] == "any" and task not in seen]
-        seen.add(task)
-        print(f"{folder}: {run.kind}, {len(run.train)} hard train and {len(run.test)} hard test problems, its students sampled "
-              f"{rollouts:,} completions, {len(run.promotion_questions)} promotion questions"
-              + f"; {run.dropped} problems of its own pool left out" * bool(run.dropped), flush=True)
-        for method in mine:
-            seeds = range(settings.seed, settings.seed + settings.seeds)
-            students.setdefault(method, []).append([student(run, method, seed, settings) for seed in seeds])
-            if about := about_questions(run, method, settings):
-                questions.setdefault(method, []).append(about)
-        runs.append({"folder": str(folder), "kind": run.kind, "log": run.log, "rollouts": rollouts,
+        hard_set = soar.fingerprint(run.train, run.test, config.model)
+        for method in methods:
+            if needs(method) == kind_of(config) or needs(method) == "any" and hard_set not in seen:
+                row = [student(run, method, settings.seed + i, settings) for i in range(settings.seeds)]
+                students.setdefault(method, []).append(row)
+                if about := about_problems(run, method, settings):
+                    questions.setdefault(method, []).append(about)
+        seen.add(hard_set)
+        runs.append({"folder": str(folder), "kind": kind_of(config), "rollouts": student_rollouts(run), "log": run.log,
                      "diversity": diversity_curve(run, settings) if settings.plot else {}})
+    write_results(students, questions, runs, dataset, settings)
+
+def write_results(students: dict, questions: dict, runs: list[dict], dataset: str, settings: Settings) -> None:
+    """eval.json, eval.md (which is also printed) and, with --plot, eval.png."""
+    out = Path(settings.out or runs[0]["folder"])
     methods = {m: summary(students[m], dataset, settings.samples) for m in METHODS if m in students}
-    about = {m: {name: nested([[entry[name]] for entry in entries]) for name in entries[0]} for m, entries in questions.items()}
-    text = markdown(methods_table(methods, dataset)) + ("\n\n" + markdown(questions_table(about)) if about else "")
-    out = Path(settings.out or folders[0])
+    about = {m: {name: nested([[row[name]] for row in rows]) for name in rows[0]} for m, rows in questions.items()}
+    text = markdown("method", methods_table(methods, dataset))
+    if about:
+        show = lambda name, x: f"{x['mean']:.1f}" if name in ("vendi", "questions") else f"{x['mean']:.0%}"
+        text += "\n\n" + markdown("problems of", {m: {k: show(k, x) for k, x in row.items()} for m, row in about.items()})
     soar.write_json(out / "eval.json", {
-        "settings": dataclasses.asdict(settings), "dataset": dataset, "methods": methods, "questions": about,
+        "settings": asdict(settings), "dataset": dataset, "methods": methods, "questions": about,
         "runs": [{name: run[name] for name in ("folder", "kind", "rollouts")} for run in runs]})
     soar.write_whole(out / "eval.md", lambda file: file.write_text(text + "\n"))
     if settings.plot:
         plot(out / "eval.png", students, runs, settings.samples)
-    print(f"\nPercent of the hard test problems of {dataset}, mean ± SD over runs and seeds [the paper's figure]\n\n{text}\n\n"
-          f"written: {out}/eval.json, {out}/eval.md" + f", {out}/eval.png" * settings.plot)
-
+    print(f"\nPercent of the hard test problems of {dataset}, mean ± SD over runs and seeds [the paper's figure]\n\n{text}")
+    print(f"\nwritten: {out}/eval.json, {out}/eval.md" + f", {out}/eval.png" * settings.plot)
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
@@ -820,12 +716,11 @@ def main(argv: list[str] | None = None) -> int:
             flags = Benchmark(**soar.parse_flags(parser, Benchmark, argv))
             soar.quiet_libraries()
             return benchmark(flags)
-        runs, settings = parse_settings(argv)
+        runs, methods, settings = parse_settings(argv)
         soar.quiet_libraries()
-        evaluate([Path(run) for run in runs], settings)
+        evaluate(list(map(Path, runs)), methods, settings)
 
     return soar.guarded("eval", work, Meter(), ["python", "eval.py", *argv])
-
 
 if __name__ == "__main__":
     sys.exit(main())

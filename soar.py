@@ -55,7 +55,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
-from itertools import accumulate, islice
+from itertools import islice
+from operator import add, mul, sub, truediv
 from pathlib import Path
 
 import numpy as np
@@ -138,9 +139,9 @@ PRESETS = {
               "teacher_tokens": 96, "k": 2, "pool": 16, "reward_questions": 4, "eval_samples": 2, "sample_rows": 16,
               "micro_tokens": 2048},
 }
-LEAST = {"temperature": 0.01, "datasets": 2, "group": 2} | dict.fromkeys(("seed", "data_seed", "tau"), -math.inf) | dict.fromkeys(
-    "steps n k groups batch inner_steps repeats reward_questions window sample_rows micro_tokens eval_samples teacher_tokens "
-    "student_tokens".split(), 1)  # of all other numbers: 0
+LEAST = dict.fromkeys("steps n k groups batch inner_steps repeats reward_questions window sample_rows micro_tokens eval_samples "
+                      "teacher_tokens student_tokens".split(), 1)  # the least value of a flag; of other numbers it is 0, but:
+LEAST |= {"temperature": 0.01, "datasets": 2, "group": 2, "seed": -math.inf, "data_seed": -math.inf, "tau": -math.inf}
 
 def config_help(settings: type) -> dict[str, dict[str, str]]:
     """{section: {field: comment}}, read from a dataclass's source, so that a comment and its --help never differ."""
@@ -209,17 +210,14 @@ def seeded(*key, device="cpu") -> torch.Generator:
 
 # ======== 2. Verifier: when is an answer right? =======================================================================
 
-# A model wrote the text, so it is never run as code: a hand-written reader with a whitelist of names turns it into numbers,
-# and every size is capped BEFORE it is built. A verdict depends on the two texts alone, not on a clock or a random number:
-#   _normalise  one spelling for one answer: "\left( \dfrac12 , 5\text{ cm} \right)" becomes '(\frac{1}{2},5"cm")'
-#   _read       takes lists, tuples, intervals, matrices and equations apart, down to the texts of single values
-#   _evaluate   the number of such a text; a symbol has 8 fixed numbers: x^2-1 and (x-1)(x+1) agree at 613/499, and at ...
-#   _same       compares what was read
+# A model wrote the text, so it is never run as code: a parser with a whitelist of names reads it, and every size is capped
+# BEFORE it is built. A verdict depends on the two texts alone, not on a clock or a random number:
+#   _normalise  one spelling for one answer: "\left( \dfrac12 , 5\text{ cm} \right)" becomes '(\frac{1}{2},"c"5)'
+#   _read       gives a number, or a kind and its items: "list" for any order, "()" or "[)" for this one, "x=" for x=5
+#   _same       compares them. A symbol has eight numbers that its name decides: x^2-1 and (x-1)(x+1) agree at all
 
-RIGHT = 120.0  # the reward of a right answer (paper, section 3)
-MAX_GUESSES = 10                                      # formulas beside the box that can earn the partial reward
-MAX_CHARS, MAX_DEPTH, MAX_COMMANDS = 400, 30, 50      # the longest of 10,454 real answers has 198 characters
-MAX_BITS, MAX_FACTORIAL = 1 << 15, 3000               # 2^4950 and 2004! are real answers
+RIGHT, MAX_GUESSES = 120.0, 10                        # paper, section 3; formulas that can earn the partial reward
+MAX_CHARS, MAX_NESTING, MAX_BITS = 400, 70, 1 << 15   # real answers: 198 characters, 53 that can nest, 2^4950 and 2004!
 DIGITS, NEAR, POINTS = 80, sympy.Float("1e-50"), 8    # NEAR is relative: an absolute one makes all tiny numbers equal
 
 def _boxes(text: str):
@@ -240,86 +238,55 @@ def extract_boxed(text: str) -> str | None:
     """
     return next(_boxes(text), None)
 
-@lru_cache(maxsize=1 << 12)  # the completions of a group repeat each other
-def student_reward(completion: str, gold: str) -> float:
-    r"""The paper's reward: 120 right box; 20 wrong box, but one of the last other formulas right; 10 any box; else 0.
-
-    >>> [student_reward(text, "7") for text in (r"\boxed{7}", r"$7$, so \boxed{8}", r"\boxed{8}", "7")]
-    [120.0, 20.0, 10.0, 0.0]
-    """
-    boxes = list(islice(_boxes(completion), 1 + MAX_GUESSES))
-    if not boxes or answers_equal(boxes[0], gold):
-        return RIGHT if boxes else 0.0
-    spans = ["".join(span) for span in re.findall(r"\$([^$]{1,200})\$|\\\((.{1,200}?)\\\)", completion)]
-    return 20.0 if any(answers_equal(guess, gold) for guess in (spans[::-1] + boxes[1:])[:MAX_GUESSES]) else 10.0
-
-# -- Step 1: one spelling. In quotes: words, and what may stand behind a number (units, percent, degrees, the base _5).
-_SHORT = {"−": "-", "×": "*", "·": "*", "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ", "±": r"\pm ", "°": r"^\circ ",
-          "€": '"€"', r"\\": "¶", r"\$": '"dollars"', "**": "^", "<=": "≤", ">=": "≥"}
-_NAMES = {"\\" + name: new for new, names in {        # commands that are layout or have a shorter spelling
-    " ": "left right big Big bigg Bigg displaystyle quad qquad", "*": "cdot times", "/": "div", "=": "approx", "<": "lt",
-    ">": "gt", "≤": "le leq leqslant", "≥": "ge geq geqslant", "∈": "in", "∪": "cup", "∅": "emptyset varnothing",
-    "(": "langle", ")": "rangle rfloor rceil", r"\floor(": "lfloor", r"\ceiling(": "lceil", "|": "lvert rvert vert",
-    "{": "lbrace", "}": "rbrace", r"\frac": "dfrac tfrac cfrac", '"dollars"': "textdollar",
-}.items() for name in names.split()}
-_UNIT = re.compile(r'"(?:dollars|€)"|(?<=[\w)}\]])"(?![^"]*(?:,|\b(?:than|more|less|least|most|not|is|only|of|no)\b))'
-                   r'[^"]*"(?:\^\{?[23]\}?)?(?!\s*[\w\\("])')        # but "12 or more" is not 12
-
-def _wording(match: re.Match) -> str:
-    r"""\text{...} is a word or, after a number, a unit, in quotes: "even", 5"m"; but plain are (E), 12, "and", "or"."""
-    word = match[1].strip(" ,")
-    unit = re.search(r"\d\s*$", match.string[:match.start()]) and re.fullmatch(r"(?!(?:and|or)$)[a-zA-Z./]+", word)
-    plain = not unit and re.search(r"\d|^(?:and|or)$|^\W*[a-zA-Z]?(?:\W+[a-zA-Z])*\W*$", word)
-    return f" {word} " if plain else f' "{word}" '
-
+# -- Step 1: one spelling. In quotes: words, and in front of its number the first letter of a unit, or %, or the base as _5.
+_SPELLINGS = {old: new for new, olds in {
+    " ": r"\left \right \big \Big \bigg \Bigg \displaystyle \quad \qquad \( \) \[ \] \, \; \: \! $ ~", "-": "−", "^": "**",
+    r"\frac": r"\dfrac \tfrac \cfrac", "*": r"\cdot \times ×", "/": r"\div", ",": r"\cup ∪", r"\log": r"\ln", "<": r"\lt",
+    ">": r"\gt", "≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=", "=": r"\in \approx", "{": r"\{", "}": r"\}",
+    ")": r"\rfloor \rceil", r"\floor(": r"\lfloor", r"\ceiling(": r"\lceil", r"\pi ": "π pi", r"\infty ": "∞", "±": r"\pm",
+    r"\root{2}": r"\sqrt √ sqrt", '"degrees"': r"^\circ ^{\circ} °", '"%"': r"\% %", '"d"': r"\$ \textdollar €",
+}.items() for old in olds.split()}
+_TEXT, _NAME, _SIDE = r"\\(?:text(?!d)[a-z]*|mbox|math(?:rm|bf))\s*", r"\\?[a-zA-Z]+'*(?:_(?:\w|\{\w+\}))?", r"([^,<>≤≥]+)"
 _REWRITES = [(re.compile(pattern, re.A), new) for pattern, new in (
-    (r"\$|\\[()\[\]]|\\hspace\{[^{}]*\}", " "),                                        # $5$, \(5\), \[5\]
-    (r"(?<![.,\s])\s*[.,;\\]\s*$", ""), (r"^\s*([A-E])\. .*", r"\1"),                  # the end of a sentence; "C. x=4"
-    (r"(?<=\d)(?:\s*,\s*\\!\s*|\s*\{\s*,\s*\}\s*)(?=\d)", ""), (r"\\[,;:! ]|~", " "),  # thousands 5,\!460 10{,}000
-    (r"\\(?:text(?:bf|rm|it|sc|tt|normal)?|mbox|math(?:rm|bf|bb|cal)|boldsymbol)\s*\{([^{}]*)\}", _wording),
-    (r"¶?\s*\\end\{[pbvB]?(?:matrix|array)\}", "))"), (r"\\begin\{[pbvB]?(?:matrix|array)\}(?:\{[clr|]*\})?", "(("),
-    ("¶", "),("), ("&", ","),                                                          # a matrix is a tuple of tuples
-    (r"(?<=[\d})])\s*\\approx.*", ""),                                                 # \sqrt2 \approx 1.4
-    (r"\\[a-zA-Z]+", lambda match: _NAMES.get(match[0], match[0])),
-    (r"\\([{}])|\{([-,])\}", r"\1\2"), (r"(?:\s*(?:,|\b(?:and|or)\b))+", ","),         # \{1\}, {-}1; 1, 2, and 3
-    (r"\|([^|]*)\|", r"\\Abs(\1)"), (r"(?<=\d)e([+-]?\d+)", r"*10^{\1}"),              # |x|; 1e-5
-    (r"\\frac\s*(\w)", r"\\frac{\1}"), (r"(\\frac\s*\{[^{}]*\})\s*(\w)", r"\1{\2}"),   # \frac43, \frac{270}7
-    (r"(?<![a-zA-Z\\])(sqrt|pi|sin|cos|tan|log|ln|exp)(?![a-z])", r"\\\1 "),           # names without a backslash
-    (r"^-([a-z])\s*([<>≤≥])\s*-(\d+)$", r"\3\2\1"),                                    # -x>-1 is 1>x
-    (r"\s*(?:\^\s*(?:\{\s*\\circ\s*\}|\\circ)(?:\s*[CF]\b)?|\"?degrees?\b\"?)", '"°"'),  # 90^\circ, but \cos 90^\circ:
-    (r"(\\(?:sin|cos|tan)\b[^°]*)\"°\"", r"\1\\pi/180"), (r"(?<=\d)_(?:(\d+)|\{(\d+)\})", r'"_\1\2"'),
-    (r"\\?%|\"?\s*\b(?:percent|percentage|pct)\b\s*\"?", '"%"'),                     # 5\%, 5 \text{percent}
-    (r"(?<=[\d})])\s*([ckm]?m[²³]|[ckm]m|in|ft|mph|[a-z]{4,}(?: [a-z]+)*)(?!\w)\.?(?=\s*(?:$|,|\^))", r'"\1"'),   # 5 miles
-    (r"(?<![\w.])(\d+)\s*(?:\\frac\s*\{|(?<=\s))(\d+)(?:/|\}\s*\{)(\d+)\}?", lambda match: (     # 6 1/5 is 6+1/5,
-        "({}+{}/{})" if int(match[2]) < int(match[3]) else "{}?{}/{}").format(*match.groups())))]      # 1 3/2 is unclear
+    (r"\\begin\{\w+\}(?:\{[clr|]*\})?", "(("), (r"(?:\\\\)?\s*\\end\{\w+\}", "))"), (r"\\\\", "),("), ("&", ","),  # matrices
+    (r"(?<=\d)\s*(?:,\s*\\!|\{\s*,\s*\})\s*(?=\d)", ""), (r"\\sqrt\s*\[(\w+)\]", r"\\root{\1}"),    # 5,\!460 10{,}000
+    (r"\\log\s*_\s*(\w|\{\w+\})", r"\\logarithm{\1}"), (r"(\\(?:sin|cos|tan|sec))\s*\^\s*(\d|\{\d\})", r"\\power{\2}\1"),
+    (r"\\hspace\{[^{}]*\}|\\ |(?<=[\d})])\s*\\approx.*|\s*[.,](?:[\s$]|\\[)\]])*$", " "),   # also what follows \approx
+    (_TEXT + r"\{([^a-z{}]*|e)\}", r" \1 "), (_TEXT + r"\{([^{}]*)\}", r'"\1"'),    # (E) and 12 need no \text
+    (r"\^(?:\\circ|\{\\circ\})|\\[a-zA-Z]+|\\.|\*\*|[<>]=|sqrt|pi\b|[^\w\s\\]", lambda m: _SPELLINGS.get(m[0], m[0])),
+    (r"\\frac\s*(\w)", r"\\frac{\1}"), (r"(\\frac\s*\{[^{}]*\})\s*(\w)", r"\1{\2}"), (r"\{([,-])\}", r"\1"),  # \frac43, {-}1
+    (r'[\s,]*(?:"[\s,]*)?\b(?:and|or)\b(?:[\s,]*")?[\s,]*', ","), (r"(?<=\d)\s*\\frac\s*\{(\d+)\}\s*\{(\d+)\}", r" \1/\2"),
+    (r"(?<![\w.^/])(\d+)\s+(\d+)/(\d+)", lambda m: "({}+{}/{})".format(*m.groups()) if int(m[2]) < int(m[3]) else "?"),
+    (r"\|([^|]*)\|", r"\\Abs(\1)"), (r"(?<=\d)e([+-]?\d+)", r"*10^{\1}"), (r"^([^,]*)±([^,]*)$", r"\1+\2,\1-\2"),
+    (r'^[^\d,([{]*[1-9]\d{0,2}(?:(?:[, ]\d{3})+|(?:,\s*\d{3}){2,})(?:\.\d+)?[^\d,]*$',   # 12,500; but 1,2 is a list
+     lambda m: re.sub(r"(?<=\d)[,\s]+(?=\d)", "", m[0])), (";", ","), (r"^([^a-zA-Z=]*=)", r"?\1"),   # 4=5 is unclear
+    (r'(\\(?:sin|cos|tan)(?![a-z])[^"]*)"degrees"', r"\1\\pi/180"), (r"(?<=\d)_\{?(\d+)\}?", r'"_\1"'), (r'-\s*"d"', '"d"-'),
+    # Words behind a number are its unit, which moves to the front: 5"cm" is "c"5; but 12 "more" is not 12.
+    (r'(?<=[\d})])\s*([ckm]?m[²³]?|in|ft|mph|pct|[a-z]{4,}(?: [a-z]+)*)(?=\s*(?:$|,|\^))', r'"\1"'), (r'"\^\{?[23]\}?', '"'),
+    (r"\s+(?![0-9A-Za-z])|(?<![0-9A-Za-z])\s+", ""), (r'"(?=percent|pct)', '"%'), (r'"(?=degree)', '"°'),
+    (r'(?<![^,=([{])((?:[^,="()]|\([^"()]*\))+)"(?![^"]*(?:more|less|only|illion))(_\d+|.)[^",]*"(?=$|[,)\]}])', r'"\2"\1'),
+    # An inequality for a name is turned around until it ascends, x>1 to 1<x<\infty; then 0<x≤1 becomes x=(0,1].
+    (r"^-([a-z])([<>≤≥])-(\d+)$", r"\3\2\1"),        # -x>-1 is 1>x
+    (rf"(?<![^,]){_SIDE}>{_SIDE}(?![^,])", r"\2<\1"), (rf"(?<![^,]){_SIDE}≥{_SIDE}(?![^,])", r"\2≤\1"),
+    (rf"(?<![^,])({_NAME}[<≤])", r"-\\infty<\1"), (rf"([<≤](?!\\pi|\\infty){_NAME})(?![^,])", r"\1<\\infty"),
+    (rf"(?<![^,]){_SIDE}([<≤])({_NAME})([<≤]){_SIDE}(?![^,])", lambda m: (
+        m[3] + "=" + "(["[m[2] == "≤"] + m[1] + "," + m[5] + ")]"[m[4] == "≤"])))]
 
+@lru_cache(maxsize=1 << 12)  # the gold answer meets many predictions
 def _normalise(text: str) -> str:
-    """One spelling for one answer. Commas are thousands only where the WHOLE answer is groups of three digits.
-
-    >>> [_normalise(text) for text in ("12,500", "0, 1", "[-36,104]")]
-    ['12500', '0,1', '[-36,104]']
-    """
-    if re.search(r"[^0-9a-z=+, -]|[a-z]{2}|\d\s+\d|\de|\d,\s*\d{3}|,$", text):  # a plain answer is left as it is
-        for old, new in _SHORT.items():
-            text = text.replace(old, new)
+    """One spelling for one answer; of what is beyond the caps, nothing."""
+    if len(text) > MAX_CHARS:
+        return ""
+    if not re.fullmatch(r"-?\d+|[a-z]= ?\d+(?: ?,[a-z]= ?\d+)*", text, re.A):           # an integer, a worksheet
         for pattern, new in _REWRITES:
-            text = pattern.sub(new, text)
-    if re.fullmatch(r'\W*(?:dollars")?\W*[1-9]\d{0,2}(?:(?:[, ]\d{3})+(?:\.\d+)?|(?:,\s*\d{3}){2,})\s*(?:".*")?', text, re.A):
-        text = re.sub(r"[,\s](?=\s*\d)", "", text)
-    return re.sub(r'\s+(?![0-9A-Za-z])|(?<![0-9A-Za-z])\s+', "", text)                 # "4 5" stays two numbers
+            text = pattern.sub(new, text.strip())
+    return text if sum(map(text.count, r"([{\^-")) <= MAX_NESTING else ""
 
-# -- Step 2: values. Whatever is not exactly rational is at once rounded to 80 digits, so no step can grow. (Symbolic
-# expressions are a trap: they take exponential time for towers of powers, and sympy tries to factor what is under a root.)
-_CONSTANTS = {"i": sympy.I, "e": sympy.E.evalf(DIGITS), r"\pi": sympy.pi.evalf(DIGITS), r"\infty": sympy.oo}
-_FUNCTIONS = {"\\" + name: getattr(sympy, name) for name in "sin cos tan sec csc cot log exp floor ceiling Abs".split()} | {
-    r"\ln": sympy.log, r"\arcsin": sympy.asin, r"\arccos": sympy.acos, r"\arctan": sympy.atan}
-_SYMBOL = r"(?<![a-zA-Z\\])[a-zA-Z]|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|rho|omega|ell|triangle|angle)"
-_TOKEN = re.compile(r"\d+(?:\.\d+)?|\.\d+|\\[a-zA-Z]+|[a-zA-Z]'*(?:_(?:\w|\{\w+\}))?|\S", re.A)
-
+# -- Step 2: reading. What is not exactly rational is at once rounded: symbolic towers of powers take exponential time.
 def _number(value, limit: int | None = None):
     """The value exactly if it is rational, else to 80 digits; refused if it is undefined (1/0), too long or too large."""
     value = value if value.is_Rational else value.evalf(DIGITS)
-    bits = max(abs(value.p), value.q).bit_length() if value.is_Rational else 0         # of the longer of p and q in p/q
+    bits = max(abs(value.p), value.q).bit_length() if value.is_Rational else 0           # of the longer of p and q in p/q
     if value.has(sympy.zoo, sympy.nan) or bits > MAX_BITS or limit is not None and not abs(value) <= limit:
         raise ValueError
     return value
@@ -327,173 +294,90 @@ def _number(value, limit: int | None = None):
 def _power(base, exponent):
     """base ** exponent, where every level of a tower passes, the innermost first: no tower gets far."""
     size = max(abs(base.p), base.q) if base.is_Rational else (length := abs(base)) + 1 / length
-    exponent = _number(exponent, MAX_BITS // int(size).bit_length())  # the power has about exponent * bits bits
+    exponent = _number(exponent, MAX_BITS // int(size).bit_length())                     # the power has exponent * bits bits
     return (base if exponent.is_Integer else base.evalf(DIGITS)) ** exponent
 
-_OPERATORS = {"+": (1, lambda a, b: a + b), "-": (1, lambda a, b: a - b), "*": (2, lambda a, b: a * b),
-              "/": (3, lambda a, b: a / b), "^": (4, _power), "!": (4, None)}          # how tight it binds, what it does
+def _items(reading) -> list:
+    return reading[1] if isinstance(reading, tuple) and reading[0] == "list" else [reading]
 
-@lru_cache(maxsize=1 << 14)
-def _evaluate(text: str, k: int):
-    """The number of a text where its symbols have their k-th numbers. Raises for what is no mathematics or is too large."""
-    tokens = _TOKEN.findall(text)[::-1]               # reversed: pop() takes the next one
-    value = _parse(tokens, 0, k)
-    if tokens or re.search(r"(?<![a-zA-Z\\])[a-zA-Z]{4}", text):      # four letters in a row are a word
-        raise ValueError
-    return value
+_CONSTANTS = {"i": sympy.I, "e": sympy.E.evalf(DIGITS), r"\pi": sympy.pi.evalf(DIGITS), r"\infty": sympy.oo}
+_FUNCTIONS = {"\\" + name: getattr(sympy, name) for name in "sin cos tan sec csc cot log exp floor ceiling Abs".split()}
+_COMMANDS = {r"\frac": truediv, r"\root": lambda n, a: _power(a, 1 / n), r"\power": lambda n, a: _power(a, n),
+             r"\logarithm": lambda base, a: sympy.log(a.evalf(DIGITS), base)}
+_OPERATORS = {  # how tight it binds, what it does; "" is the product in 2x; x=2y and 2y-x=0 are the same equation
+    ",": (1, lambda a, b: ("list", _items(a) + _items(b))), "!": (6, lambda a, _: sympy.factorial(_number(a, 3000))),
+    "=": (1, lambda a, b: ("equation", [_number((a - b) ** 2)])), ":": (2, lambda a, b: (":", [a, b])),
+    "+": (3, add), "-": (3, sub), "*": (4, mul), "/": (5, truediv), "": (5, mul), "^": (6, _power)}
+_SYMBOL = r"(?<![a-zA-Z\\])[a-zA-Z]'*(?:_(?:\w|\{\w+\}))?|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|rho|omega|ell)"
+_TOKEN = re.compile(rf"(?<![^,(\[{{])(?:{_NAME}(?:\([a-zA-Z]\))?|\([a-zA-Z](?:,[a-zA-Z])+\))="       # x= f(x)= (x,y)=
+                    rf'|"(?:_\d+|[^"])"|\d+(?:\.\d+)?|\.\d+|\\[a-zA-Z]+|[a-zA-Z]{{4,}}|{_SYMBOL}|\S', re.A)
 
 def _parse(tokens: list[str], level: int, k: int):
-    """A Pratt parser: takes from the reversed tokens the longest value whose operators bind tighter than `level`."""
-    if tokens[-1] in "+-":
-        value = (1 if tokens.pop() == "+" else -1) * _parse(tokens, max(level, 1), k)
-    else:
-        value = _number(_operand(tokens, k))
-    while tokens and (token := tokens[-1]) not in ")]}":
-        binding, operation = _OPERATORS.get(token, (2 if token in _FUNCTIONS else 3, _OPERATORS["*"][1]))     # 2x, 2\sin x
+    """A Pratt parser: takes from the reversed tokens the longest part whose operators bind tighter than `level`."""
+    token = tokens.pop()
+    if token[0] in "0123456789.":                     # not isdigit(): it is also true of Arabic-Indic digits
+        value = sympy.Rational(token)
+    elif token in ("+", "-"):
+        value = int(token + "1") * _parse(tokens, max(level, 3), k)
+    elif token in ("(", "[", "{"):
+        value, brackets = _parse(tokens, 0, k), token + tokens.pop()
+        if brackets not in ("()", "[]", "{}") or len(_items(value)) > 1 and brackets != "{}":
+            value = (brackets, _items(value))
+    elif len(token) > 1 and token[-1] in '="':        # a label or a unit
+        value = (token, [_parse(tokens, 1, k)])
+    elif token in _COMMANDS:                          # level 6: one operand and no operator
+        value = _COMMANDS[token](_parse(tokens, 6, k), _parse(tokens, 6, k))
+    elif token in _FUNCTIONS:                         # \sin 2x + 1 is sin(2x) + 1
+        argument = _parse(tokens, 6 if tokens[-1] in ("(", "{") else 4, k)
+        value = _FUNCTIONS[token](_number(argument, MAX_BITS).evalf(DIGITS))
+    else:                                             # a constant or a symbol, whose number is a hash of its name and of k
+        if token not in _CONSTANTS and not re.fullmatch(_SYMBOL, token, re.A):
+            raise ValueError
+        number = zlib.crc32(f"{re.sub('[_{}]', '', token)}{k}".encode()) % 997 + 250
+        value = _CONSTANTS.get(token) or sympy.Rational(number, (499, 97, 61, -499)[k % 4])
+    value = value if isinstance(value, tuple) else _number(value)
+    while tokens and tokens[-1] not in (")", "]", "}"):
+        token = tokens[-1] if tokens[-1] in _OPERATORS else "*" if tokens[-1] in _FUNCTIONS else ""     # 2\sin x, 2x
+        binding, operation = _OPERATORS[token]
         if binding <= level:
             break                                     # it belongs to the caller: the + in 2*3+4, when 3 is read
-        if token in _OPERATORS:
+        if token == tokens[-1]:
             tokens.pop()
-        elif token[0] in "0123456789.":               # not isdigit(): it is also true of Arabic-Indic digits
+        elif tokens[-1][0] in "0123456789.":
             raise ValueError                          # "4 5" is no product
-        if token == "!":
-            value = _number(sympy.factorial(_number(value, MAX_FACTORIAL)))
-        else:
-            value = _number(operation(value, _parse(tokens, binding, k)))
+        value = operation(value, None if token == "!" else _parse(tokens, binding, k))
+        value = _number(value) if binding > 2 else value
     return value
 
-def _operand(tokens: list[str], k: int):
-    """What stands between operators: a number, a group, a command with its arguments, a name. This is the whitelist."""
-    token = tokens.pop()
-    if token[0] in "0123456789.":
-        return sympy.Rational(token)
-    if token in "([{":
-        value = _parse(tokens, 0, k)
-        if token + tokens.pop() not in ("()", "[]", "{}"):
-            raise ValueError
-        return value
-    if token == r"\frac":                             # level 4: one operand and no operator
-        return _parse(tokens, 4, k) / _parse(tokens, 4, k)
-    if token == r"\sqrt":
-        degree = _parse(tokens, 4, k) if tokens[-1] == "[" else 2
-        return _power(_parse(tokens, 4, k), sympy.S.One / degree)
-    if token in _FUNCTIONS:                           # \log_2 8, \sin^2(x), and \sin 2x + 1 is sin(2x) + 1
-        base = _parse(tokens, 4, k) if tokens[-1] == "_" and tokens.pop() else _CONSTANTS["e"]
-        power = _parse(tokens, 4, k) if tokens[-1] == "^" and tokens.pop() else sympy.S.One
-        argument = _number(_parse(tokens, 4 if tokens[-1] in "({" else 2, k), MAX_BITS).evalf(DIGITS)
-        return _power(_number(_FUNCTIONS[token](argument) / sympy.log(base)), power)
-    if token in _CONSTANTS:
-        return _CONSTANTS[token]
-    if not re.match(_SYMBOL, token):
-        raise ValueError
-    name = re.sub("[_{}]", "", token)                 # a hash of the name and of k is the symbol's number
-    return sympy.Rational(zlib.crc32(f"{name}{k}".encode()) % 997 + 250, (499, 97, 61, -499)[k % 4])
-
-# -- Step 3: readings. A value is read as its text, all else as a tuple: ("=", left side, reading of the right side),
-# ("list", readings) in any order, ("(]", readings) in this order.
-_NAME = r"\\?[a-zA-Z]+'*(?:_(?:\w|\{\w+\}))?"
-_LABEL = re.compile(rf"{_NAME}(?:\([a-zA-Z]\)|:{_NAME})?|\([a-zA-Z](?:,[a-zA-Z])+\)|\\frac\{{[A-Z]+\}}\{{[A-Z]+\}}")
-
-def _split(text: str, separators: str) -> list[str]:
-    """Cut at the separators outside brackets."""
-    if not re.search(r"[([{]", text):
-        return re.split(f"[{separators}]", text)
-    depths = list(accumulate((char in "([{") - (char in ")]}") for char in text))
-    if max(depths) > MAX_DEPTH:
-        raise ValueError
-    cuts = [-1, *(i for i, depth in enumerate(depths) if depth == 0 and text[i] in separators), len(text)]
-    return [text[i + 1:j] for i, j in zip(cuts, cuts[1:])]
-
-def _read(text: str):
-    """The reading of an answer, or of an item of one."""
-    parts = [part.replace(r"\pm", sign) for part in _split(text, ",;∪") for sign in ("+-" if r"\pm" in part else "+")]
-    if len(parts) > 1:                                # a list; what sets in it contain are its items, too
-        items = [(item[1] if item[0] == "list" else [item]) for item in map(_read, parts)]
-        return ("list", sum(items, []))
-    text = parts[0]
-    if text[0] in "([{" and _split(text, ")]}")[1:] == [""]:          # one pair of brackets encloses all
-        brackets, items = text[0] + text[-1], _split(text[1:-1], ",;")
-        if brackets == "{}" or brackets in ("()", "[]") and len(items) == 1:
-            return _read(text[1:-1])
-        return (brackets, [*map(_read, items)])
-    if len(sides := re.split("([=∈<≤>≥])", text)) > 1:
-        return _relation(sides)
-    if ":" in text:                                   # a ratio, or 12:30
-        return (":", [*map(_read, text.split(":"))])
-    _evaluate(text, 0)
-    return text
-
-def _relation(parts: list[str]):
-    """An equation. An inequality for a name becomes its interval: 0<x<1 is read as x=(0,1), and x>5 as x=(5,oo)."""
-    if ">" in parts or "≥" in parts:                  # turned around, so that it ascends
-        parts = [{">": "<", "≥": "≤", "<": ">", "≤": ">"}.get(part, part) for part in parts[::-1]]
-    if len(parts) == 3 and parts[1] in "<≤":
-        parts = [r"-\infty", "<", *parts] if _LABEL.fullmatch(parts[0]) else [*parts, "<", r"\infty"]     # x<5; 5<x
-    if len(parts) == 5 and {parts[1], parts[3]} <= {"<", "≤"} and _LABEL.fullmatch(parts[2]):
-        low, left, name, right, high = parts
-        return ("=", name, ("(["[left == "≤"] + ")]"[right == "≤"], [_read(low), _read(high)]))
-    left, sign, right = parts                         # 4=5=6 fails here and is no answer
-    if sign not in "=∈" or not re.search(_SYMBOL, left + right):
-        raise ValueError
-    return ("=", left if _LABEL.fullmatch(left) else _read(left), _read(right))
-
-# -- Step 4: comparing.
-def _equal_values(a: str, b: str, proportional: bool = False) -> bool:
-    """Whether two values agree at every point: exactly where they are rational, to 50 digits where they are not."""
-    rounded = re.search(r"\.\d{14}", f"{a} {b}")      # what a float prints
-    factor = _evaluate(a, 0) / _evaluate(b, 0) if proportional else 1                  # then: up to a constant factor
-    if not factor:
-        return False                                  # 0=0 is no multiple
-    for k in range(POINTS if re.search(_SYMBOL, f"{a} {b}") else 1):
-        x, y = _evaluate(a, k), _evaluate(b, k) * factor
-        near = sympy.Float("1e-14") if rounded else 0 if x.is_Rational and y.is_Rational else NEAR
-        if x != y and not abs(x - y) < near * max(abs(x), abs(y)):
-            return False
-    return True
+def _read(text: str, k: int):
+    """The reading where symbols have their k-th numbers. Raises, or is None, for what is no mathematics or is too large."""
+    tokens = _TOKEN.findall(text)[::-1]               # reversed: pop() takes the next one
+    reading = _parse(tokens, 0, k)
+    return None if tokens else reading                # 4=5=6 leaves a rest
 
 def _same(a, b) -> bool:
-    """Whether two readings are the same answer. The cases that are not listed are tried the other way round."""
-    match a, b:
-        case str(), str():
-            return _equal_values(a, b)
-        case ("=", left, right), ("=", other, value):
-            if left.lower() == other.lower():
-                return _same(right, value)
-            names = _LABEL.fullmatch(left) and _LABEL.fullmatch(other)                 # x=5 and y=5; but 3x=6 is x=2,
-            if not (isinstance(right, str) and isinstance(value, str)) or names and not re.search(_SYMBOL, right + value):
-                return False                          # and y=2x is x=y/2:
-            return _equal_values(f"({left})-({right})", f"({other})-({value})", proportional=True)
-        case ("=", left, right), _:                   # a label is free: x=5 equals 5
-            return bool(_LABEL.fullmatch(left)) and _same(right, b)
-        case ("list", [str(whole), str(digits)]), str():              # a decimal comma, where the other has a point
-            return "." in b and len(digits) > 1 and digits.isdigit() and _same(f"{whole}.{digits}", b)
-        case (str(), _), str():                       # a tuple is no number
+    """Step 3: whether two readings are the same answer. Numbers are, if both are rational, compared exactly."""
+    (kind, items), (other, others) = (side if isinstance(side, tuple) else ("", [side]) for side in (a, b))
+    if kind == other == "":
+        near = 0 if a.is_Rational and b.is_Rational else NEAR
+        return a == b or bool(abs(a - b) < near * max(abs(a), abs(b)))
+    for mark in '="':                                 # a label or unit that only one has is free: x=5 and 5 cm equal 5
+        if (mark in kind) != (mark in other):
+            value, whole = (items[0], b) if mark in kind else (others[0], a)
+            return _same(value, whole) or mark == '"' and "%" in kind + other and _same(value / 100, whole)     # 25% is 1/4
+    labels = [len({item[0] for item in side if isinstance(item, tuple) and "=" in item[0]}) for side in (items, others)]
+    labelled = max(labels) > 1 and 0 in labels        # a=1,b=2 equals 1,2 and (1,2) in this order only
+    if len(items) != len(others) or kind != other and not labelled:
+        return False
+    if kind != "list" or labelled:
+        return all(map(_same, items, others))
+    rest = list(others)                               # in any order; each item takes its equal away
+    for item in items:
+        found = next((other for other in rest if _same(item, other)), None)
+        if found is None:
             return False
-        case (kind, items), (other, others):
-            labels = [len({item[1] for item in side if item[0] == "="}) for side in (items, others)]
-            labelled = max(labels) > 1 and 0 in labels                # a=1,b=2 equals 1,2 and (1,2) in this order only
-            if len(items) != len(others) or kind != other and not labelled:
-                return False
-            if kind != "list" or labelled:
-                return all(map(_same, items, others))
-            rest = list(others)                       # what no item has been matched with
-            for item in items:
-                found = next((other for other in rest if _same(item, other)), None)
-                if found is None:
-                    return False
-                rest.remove(found)
-            return True
-    return _same(b, a)
-
-@lru_cache(maxsize=1 << 12)
-def _understand(text: str) -> tuple:
-    """(normalised text, reading, units): the reading is None for words and for whatever is beyond the caps."""
-    text = _normalise(text.strip()) if len(text) <= MAX_CHARS else ""
-    units = sorted(re.match(r'"(?:square |sq\.? |cubic )?(_\d+|.)', unit)[1] for unit in _UNIT.findall(text))
-    reading, deepest = None, max(map(text.count, "\\^-"))            # these nest without brackets
-    with contextlib.suppress(Exception):              # sympy can raise nearly anything
-        reading = _read(_UNIT.sub("", text)) if deepest <= MAX_COMMANDS else None
-    return text.replace('"', ""), reading, units
+        rest.remove(found)
+    return True
 
 def parses(text: str) -> bool:
     r"""Whether the text reads as mathematics throughout; words do not, not even as \text{...}.
@@ -501,7 +385,13 @@ def parses(text: str) -> bool:
     >>> [parses(text) for text in ("a= 56 ,b= 54", r"\frac{3}{4}", "x+", "4=5=6", "hello world")]
     [True, True, False, False, False]
     """
-    return _understand(text)[1] is not None
+    with contextlib.suppress(Exception):              # sympy can raise nearly anything
+        return _read(_normalise(text), 0) is not None
+    return False
+
+def _decimal_comma(text: str, other: str) -> str:
+    """3,14 is a number where the other answer has a point, else a list."""
+    return text.replace(",", ".") if re.fullmatch(r"-?\d+,\d\d+", text) and re.fullmatch(r"-?\d+\.\d+", other) else text
 
 @lru_cache(maxsize=1 << 16)
 def answers_equal(prediction: str, gold: str) -> bool:
@@ -515,15 +405,25 @@ def answers_equal(prediction: str, gold: str) -> bool:
     plain = [re.sub(r"^(-?)\\[dt]?frac\{(\d+)\}\{(\d+)\}$", r"\1\2/\3", text.strip()) for text in (prediction, gold)]
     if all(re.fullmatch(r"-?\d{1,999}(?:/[1-9]\d{0,999})?", text, re.A) for text in plain):             # most answers
         return Fraction(plain[0]) == Fraction(plain[1])
-    (left, a, units), (right, b, others) = map(_understand, (prediction, gold))
-    if left == right or a is None or b is None:
-        return left.lower() == right.lower() != ""    # words: "Odd" and \text{odd}
+    left, right = _normalise(prediction), _normalise(gold)
+    left, right = _decimal_comma(left, right), _decimal_comma(right, left)
     try:
-        if units and others:                          # 5 cm and 5 are the same; 5 cm and 5 dollars are not
-            return units == others and _same(a, b)
-        return _same(a, b) or "%" in units and _same(f"({a})/100", b) or "%" in others and _same(a, f"({b})/100")
-    except Exception:                                 # numerical evaluation can fail, for instance at a pole
-        return False
+        points = range(POINTS if re.search(_SYMBOL, left + right) else 1)
+        return all(_same(_read(left, k), _read(right, k)) for k in points)
+    except Exception:                                 # then they are words: "Odd" and \text{odd}
+        return left.replace('"', "").lower() == right.replace('"', "").lower() != ""
+
+def student_reward(completion: str, gold: str) -> float:
+    r"""The paper's reward: 120 right box; 20 wrong box, but one of the last other formulas right; 10 any box; else 0.
+
+    >>> [student_reward(text, "7") for text in (r"\boxed{7}", r"$7$, so \boxed{8}", r"\boxed{8}", "7")]
+    [120.0, 20.0, 10.0, 0.0]
+    """
+    boxes = list(islice(_boxes(completion), 1 + MAX_GUESSES))
+    if not boxes or answers_equal(boxes[0], gold):
+        return RIGHT if boxes else 0.0
+    formulas = ["".join(span) for span in re.findall(r"\$([^$]{1,200})\$|\\\((.{1,200}?)\\\)", completion)]
+    return 20.0 if any(answers_equal(guess, gold) for guess in (formulas[::-1] + boxes[1:])[:MAX_GUESSES]) else 10.0
 
 
 # ======== 3. Problems: where do the real ones come from? ==============================================================
@@ -707,17 +607,17 @@ TINY_TEACHER_PROMPT, TINY_STUDENT_PROMPT = "Teacher:", "User: {problem} Assistan
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's: which process of how many
 
 class Meter:
-    """Seconds by phase and tokens by kind of one outer step, and the phase in which an error happened."""
+    """A stopwatch: meter("sampling") says what is going on from now on. Seconds by phase, tokens by kind."""
 
     def __init__(self):
-        self.seconds, self.tokens, self.current = Counter(), Counter(), "loading"
+        self.seconds, self.tokens, self.phase, self.since = Counter(), Counter(), "loading", time.perf_counter()
 
-    @contextlib.contextmanager
-    def phase(self, name: str):
-        outer, self.current, start = self.current, name, time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - start
-        self.current = outer  # after an error this line is not reached: main() reads where it happened
+    def __call__(self, phase: str) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # or the next phase would be charged with what this one has only launched
+        now = time.perf_counter()
+        self.seconds[self.phase] += now - self.since
+        self.phase, self.since = phase, now  # after an error main() reads here what was going on
 
 @dataclass
 class Policy:
@@ -875,14 +775,17 @@ def row_cache(n: int, length: int):
     class Layer(DynamicLayer):
         rows = used = 0  # how much of the two buffers [P*n, heads, length, head size] is in use
 
-        def update(self, keys, values, *args, **kwargs):  # [P or rows, heads, new tokens, head size]
-            prefill, start, self.used = not self.used, self.used, self.used + keys.shape[2]
+        def update(self, keys, values, *args, **kwargs):  # [rows, heads, new tokens, head size]; of the prefill: [P, ...]
+            prefill, new = self.used == 0, slice(self.used, self.used + keys.shape[2])
             if prefill:
                 self.rows, self.is_initialized = len(keys) * n, True
                 self.keys, self.values = (x.new_empty(self.rows, x.shape[1], length, x.shape[3]) for x in (keys, values))
             for buffer, x in ((self.keys, keys), (self.values, values)):
-                buffer[:self.rows, :, start:self.used] = x.repeat_interleave(n, 0) if prefill else x
-            return (keys, values) if prefill else (self.keys[:self.rows, :, :self.used], self.values[:self.rows, :, :self.used])
+                buffer[:self.rows, :, new] = x.repeat_interleave(n, 0) if prefill else x
+            self.used = new.stop
+            if prefill:  # the prompts look at themselves only
+                return keys, values
+            return self.keys[:self.rows, :, :self.used], self.values[:self.rows, :, :self.used]
 
         def get_seq_length(self):
             return self.used
@@ -975,9 +878,10 @@ def sample(policy: Policy, prompts: list[list[int]], n: int, max_new_tokens: int
                                               clean_up_tokenization_spaces=False, skip_special_tokens=True)
         return [Rollout(chunk[i // width], ids, text, not end) for i, (ids, text, end) in enumerate(zip(rows, texts, ended))]
 
-    with policy.meter.phase("sampling"):
-        rollouts = [rollout for part in in_turn(policy, len(parts), draw) for rollout in part]
-        policy.meter.tokens["sampled"] += sum(len(rollout.completion) for rollout in rollouts)
+    policy.meter("sampling")
+    rollouts = [rollout for part in in_turn(policy, len(parts), draw) for rollout in part]
+    policy.meter.tokens["sampled"] += sum(len(rollout.completion) for rollout in rollouts)
+    policy.meter("other")
     return rollouts
 
 def solve(policy: Policy, problems: list[Problem], n: int, config: Config, generator=None):
@@ -987,8 +891,9 @@ def solve(policy: Policy, problems: list[Problem], n: int, config: Config, gener
     """
     prompts = [policy.student_prompt(problem) for problem in problems]
     rollouts = sample(policy, prompts, n, config.student_tokens, config, generator)
-    with policy.meter.phase("grading"):
-        rewards = [student_reward(rollout.text, problems[i // n].answer) for i, rollout in enumerate(rollouts)]
+    policy.meter("grading")
+    rewards = [student_reward(rollout.text, problems[i // n].answer) for i, rollout in enumerate(rollouts)]
+    policy.meter("other")
     return rollouts, torch.tensor(rewards, dtype=torch.float64)
 
 def greedy_right(policy: Policy, problems: list[Problem], config: Config):
@@ -1182,27 +1087,31 @@ def policy_update(policy: Policy, rollouts: list[Rollout], advantages, state: di
     if not active:
         return {"grad_norm": 0.0, "kl": 0.0}
     rollouts, advantages = [rollouts[i] for i in active], advantages[active]
-    with policy.meter.phase("training"):
-        policy.model.train(config.checkpointing)  # checkpointing works in train mode only; there is no dropout to turn on
-        for number, part in enumerate(micro_batches(rollouts, config.micro_tokens)):
-            if not policy.alone and number % RANKS != RANK:
-                continue  # another process has it
-            batch = [rollouts[i] for i in part]
-            logprobs = completion_logprobs(policy.model, batch, config.temperature)  # [b]
-            weights = advantages[part].to(logprobs)  # [b]
-            if config.kl:
-                with torch.no_grad():
-                    k1 = logprobs - completion_logprobs(policy.reference, batch, config.temperature)
-                weights, kls = weights - config.kl * k1, kls + k1.tolist()
-            (-(weights * logprobs).sum() / B).backward()
-            policy.meter.tokens["trained"] += sum(len(r.completion) for r in batch)
-        if not policy.alone:
-            kls = sum(gather(kls), [])
-            for p in policy.model.parameters():
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                dist.all_reduce(p.grad)  # their sum, in all processes
-        policy.model.eval()
-        return {"grad_norm": adamw_step(policy.model, state, lr, config, generator), "kl": float(np.mean(kls or [0.0]))}
+    policy.model.train(config.checkpointing)  # checkpointing works in train mode only; there is no dropout to turn on
+    for number, part in enumerate(micro_batches(rollouts, config.micro_tokens)):
+        if not policy.alone and number % RANKS != RANK:
+            continue  # another process has it
+        policy.meter("log-probs")
+        batch = [rollouts[i] for i in part]
+        logprobs = completion_logprobs(policy.model, batch, config.temperature)  # [b]
+        weights = advantages[part].to(logprobs)  # [b]
+        if config.kl:
+            with torch.no_grad():
+                k1 = logprobs - completion_logprobs(policy.reference, batch, config.temperature)  # [b]
+            weights, kls = weights - config.kl * k1, kls + k1.tolist()
+        policy.meter("backward")
+        (-(weights * logprobs).sum() / B).backward()
+        policy.meter.tokens["trained"] += sum(len(r.completion) for r in batch)
+    policy.meter("optimizer")
+    policy.model.eval()
+    if not policy.alone:
+        kls = sum(gather(kls), [])
+        for p in policy.model.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)  # their sum, in all processes
+    norm = adamw_step(policy.model, state, lr, config, generator)
+    policy.meter("other")
+    return {"grad_norm": norm, "kl": float(np.mean(kls or [0.0]))}
 
 
 # ======== 10. The tiny world's base model: where does a model with latent knowledge come from? ========================
@@ -1384,13 +1293,16 @@ def grounded_rewards(policy: Policy, datasets: list[list[Problem]], questions: l
     before = greedy_right(policy, questions, config)  # [M], measured once
     r, steps = config.repeats, config.inner_steps + config.inner_extra * state.promotions
     gains, logs, kept, best, champion = [], [], {}, -math.inf, None  # kept: weights by student number k * r + j
-    bar = tqdm(total=len(datasets) * r * steps // RANKS, desc=f"step {state.step}: students", disable=RANK > 0 or None, leave=False)
+    bar = tqdm(total=len(datasets) * r * steps // RANKS, desc=f"step {state.step}: students", leave=False,
+               disable=RANK > 0 or None)
 
     def student(number: int):
         key = (config.seed, "student", state.step, number // r, number % r)
+        policy.meter("weight swaps")
         restore(policy.model, state.baseline)
         batches = epochs(datasets[number // r], steps, config.batch, seeded(*key, "order"))
         log = train_student(policy, batches, config, key, lambda *_: bar.update())
+        policy.meter("weight swaps")
         kept[number] = snapshot(policy.model)
         return greedy_right(policy, questions, config) - before, log  # [M]
 
@@ -1566,7 +1478,7 @@ def print_plan(pool: list[Problem], policy: Policy, config: Config) -> None:
 What the columns of a step say:
   reward             the share of the hard questions that a student gains by training on the teacher's problems, on average
                      over the students; below zero the training did harm; best dataset: the largest mean of one dataset
-  moving average     of the last {config.window} rewards; above tau = {config.tau:g} a student is promoted: later ones start from it
+  moving average     of the last {config.window} rewards; above {config.tau:g} (tau) a student is promoted: later ones start from it
   right in training  the share of right answers of the students to the teacher's problems
   accepted           the share of the teacher's completions that hold a problem with a readable answer
 """, flush=True)
@@ -1576,7 +1488,7 @@ def show_step(policy: Policy, state: State, config: Config) -> None:
     row, question = state.log[-1], state.questions[-1]
     line = (f"step {row['step']:3d}  reward {row['reward']:+.3f}  best dataset {max(map(np.mean, row['rewards'])):+.3f}  "
             f"moving average {row['average']:+.3f}  right in training {row['student']['success']:4.0%}  "
-            f"accepted {row['teacher']['acceptance']:4.0%}  {row['cost']['seconds']['all']:.0f} s")
+            f"accepted {row['teacher']['acceptance']:4.0%}  {sum(row['cost']['seconds'].values()):.0f} s")
     if promoted := row["promotion"]:
         line += (f"\n          PROMOTION: student {promoted['student']} of dataset {promoted['dataset']} is the new baseline, "
                  f"{promoted['accuracy']:.1%} greedy on the hard train set.\n"
@@ -1655,12 +1567,14 @@ def run(config: Config, meter: Meter) -> None:
     state = load_checkpoint(folder) or State(policy.base, adamw_state(policy.model), policy.base)
     write_json(folder / "config.json", vars(config))
     while state.step < config.steps:
+        meter("other")
         meter.seconds.clear(), meter.tokens.clear()
-        with meter.phase("all"):
-            row = outer_step(policy, hard_train, state, config)
+        row = outer_step(policy, hard_train, state, config)
+        meter("saving")
+        training = sum(meter.seconds[phase] for phase in ("log-probs", "backward", "optimizer"))
         row["cost"] = {"seconds": dict(meter.seconds), "peak_memory_gb": peak_memory_gb(policy.model.device),
                        "tokens_per_second": {"sampled": meter.tokens["sampled"] / meter.seconds["sampling"],
-                                             "trained": meter.tokens["trained"] / max(meter.seconds["training"], 1e-9)}}
+                                             "trained": meter.tokens["trained"] / (training or math.inf)}}
         save_checkpoint(folder, state)
         show_step(policy, state, config)
     restore(policy.model, state.teacher)
@@ -1699,8 +1613,10 @@ def guarded(program: str, work, meter: Meter, again: list[str]) -> int:
         broken_off = RANKS > 1 and re.search("gloo|nccl", str(error), re.IGNORECASE)
         if type(error) is RuntimeError and not broken_off and "allocate memory" not in str(error):  # so PyTorch says it on a CPU
             raise
-        lower = {"sampling": "lower --sample-rows", "training": "lower --micro-tokens or add --checkpointing"}
-        sentence = f"out of memory while {meter.current}; {lower.get(meter.current, 'take a smaller --model')} and go on with: {again}"
+        train = "lower --micro-tokens or add --checkpointing"
+        advice = {"sampling": "lower --sample-rows", "log-probs": train, "backward": train}
+        advice = advice.get(meter.phase, "take a smaller --model")
+        sentence = f"out of memory (phase: {meter.phase}); {advice} and go on with: {again}"
         if broken_off:
             sentence = "another process has stopped; its message says why"
     print(f"{program}{f' (process {RANK})' * (RANKS > 1)}: {sentence}", file=sys.stderr, flush=True)

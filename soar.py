@@ -724,6 +724,12 @@ def broadcast(policy: Policy, weights: list | None, source: int) -> list:
         dist.broadcast(p.data, source)
     return snapshot(policy.model)
 
+def sum_gradients(model) -> None:
+    """Of all processes, in all of them."""
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        dist.all_reduce(p.grad)
+
 def in_turn(policy: Policy, jobs: int, work):
     """work(0), ..., work(jobs - 1), each computed by one process and given to all. Within work() nothing is shared again.
 
@@ -755,6 +761,10 @@ def pick_tokens(logits, temperature: float, uniforms=None):
 
     No top-k and no top-p: under a truncated distribution the score function has not mean zero, and policy gradients are
     wrong. One uniform number a token, drawn beforehand, so that a row's tokens do not depend on the rows beside it.
+
+    >>> logits = torch.tensor([[0.2, 0.5, 0.3]]).log()      # cumulative: 0.2, 0.7, 1
+    >>> [pick_tokens(logits, 1.0, torch.tensor([u])).item() for u in (0.1, 0.3, 0.6, 0.8)]
+    [0, 1, 1, 2]
     """
     if uniforms is None:
         return logits.argmax(-1)
@@ -799,21 +809,23 @@ def row_cache(n: int, length: int):
     return Cache(layer_class_to_replicate=Layer)
 
 def prefill(model, prompts: list[list[int]], n: int, max_new_tokens: int):
-    """Run each prompt once -> (logits [B, V] of the first new token, mask and positions [B, T + max_new_tokens], cache, T).
+    """Run each of P prompts once -> (logits of the first new token [P*n, V], padding [P*n, 1], cache), n rows for each prompt.
 
-    B = P * n rows, n for each of the P prompts; T is the longest prompt's length.
+    Prompts are padded on the LEFT, to the length T of the longest, so that all end in the same column. What counts is that
+    no row sees its padding, and that its first real token has position 0:
+
+        prompts a b c and d, T = 3:    a b c    padding 0    positions 0 1 2
+                                       . . d    padding 2    positions . . 0
     """
-    P, T, cache = len(prompts), max(map(len, prompts)), row_cache(n, max(map(len, prompts)) + max_new_tokens)
-    # Padded on the LEFT, so that all prompts end in the same column:
-    ids = torch.tensor([[0] * (T - len(prompt)) + prompt for prompt in prompts], device=model.device)  # [P, T]
-    padding = torch.tensor([[T - len(prompt)] for prompt in prompts], device=model.device)  # [P, 1]
-    position = torch.arange(T + max_new_tokens, device=model.device) - padding  # [P, T + max_new_tokens]
-    mask, position = position >= 0, position.clamp(min=0)  # every row's first real token has position 0
-    logits = model(input_ids=ids, attention_mask=mask[:, :T], position_ids=position[:, :T], past_key_values=cache,
-                   use_cache=True, logits_to_keep=1).logits[:, -1]  # [P, V]
+    T, device = max(map(len, prompts)), model.device
+    ids = torch.tensor([[0] * (T - len(prompt)) + prompt for prompt in prompts], device=device)  # [P, T]
+    padding = torch.tensor([[T - len(prompt)] for prompt in prompts], device=device)  # [P, 1]
+    column, cache = torch.arange(T, device=device), row_cache(n, T + max_new_tokens)
+    logits = model(input_ids=ids, attention_mask=column >= padding, position_ids=(column - padding).clamp(min=0),
+                   past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]  # [P, V]
     if not torch.isfinite(logits).all():
         raise UserError("the model's logits are NaN or infinite: its weights are damaged, or the learning rate was too high")
-    return (*(x.repeat_interleave(n, 0) for x in (logits, mask, position)), cache, T)
+    return logits.repeat_interleave(n, 0), padding.repeat_interleave(n, 0), cache
 
 @torch.inference_mode()
 def generate(model, prompts: list[list[int]], n: int, max_new_tokens: int, temperature: float = 1.0, uniforms=None):
@@ -825,30 +837,31 @@ def generate(model, prompts: list[list[int]], n: int, max_new_tokens: int, tempe
     of the gradient. Masks are made from lengths, never from `token != pad`, since in many models pad IS EOS.
     """
     assert not model.training, "in train mode with gradient checkpointing, transformers drops the KV cache: wrong tokens"
-    eos, B = torch.tensor(sorted(eos_ids(model)), device=model.device), len(prompts) * n
-    logits, mask, position, cache, T = prefill(model, prompts, n, max_new_tokens)
-    padded = not mask[:, :T].all()  # without padding, attention needs no mask
-    tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=model.device)  # [B, max_new_tokens]
-    lengths = torch.full((B,), max_new_tokens, device=model.device)  # [B]
-    alive = torch.arange(B, device=model.device)  # output row of each row that is still in the batch
+    device, B = model.device, len(prompts) * n
+    eos = torch.tensor(sorted(eos_ids(model)), device=device)
+    logits, padding, cache = prefill(model, prompts, n, max_new_tokens)
+    padded = padding.any()  # without padding, attention needs no mask
+    tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)  # [B, max_new_tokens]
+    lengths = torch.full((B,), max_new_tokens, device=device)  # [B]
+    alive = torch.arange(B, device=device)  # [rows]: the output row of each row that is still in the batch
     for t in range(max_new_tokens):
-        token = pick_tokens(logits, temperature, None if uniforms is None else uniforms[alive, t])
+        token = pick_tokens(logits, temperature, None if uniforms is None else uniforms[alive, t])  # [rows]
         tokens[alive, t] = token
-        going = ~torch.isin(token, eos)
+        going = ~torch.isin(token, eos)  # [rows]
         rows = int(going.sum())
-        if rows < len(alive):  # finished rows leave the batch: rows from its end take their places
+        if rows < len(alive):  # rows that ended leave; of 0 1 2 3 4, if 1 and 3 ended, 0 4 2 stay: 4 moves into the hole at 1
             lengths[alive[~going]] = t + 1
             holes, movers = (~going[:rows]).nonzero()[:, 0], rows + going[rows:].nonzero()[:, 0]
-            for x in (alive, token, mask, position):
+            for x in (alive, token, padding):
                 x[holes] = x[movers]
-            alive, token, mask, position = (x[:rows] for x in (alive, token, mask, position))
+            alive, token, padding = alive[:rows], token[:rows], padding[:rows]
             for layer in cache.layers:
                 layer.keep(rows, holes, movers)
         if not rows or t + 1 == max_new_tokens:
             break
-        now = T + t + 1
-        logits = model(input_ids=token[:, None], attention_mask=mask[:, :now] if padded else None,
-                       position_ids=position[:, now - 1:now], past_key_values=cache, use_cache=True).logits[:, -1]
+        column = torch.arange(cache.get_seq_length() + 1, device=device)
+        logits = model(input_ids=token[:, None], attention_mask=column >= padding if padded else None,
+                       position_ids=column[-1] - padding, past_key_values=cache, use_cache=True).logits[:, -1]  # [rows, V]
     return tokens, lengths
 
 @dataclass
@@ -975,6 +988,11 @@ def stochastic_round(x, generator):
     """float32 -> bfloat16, up or down with probabilities that make the expectation exact.
 
     bfloat16 is the upper half of float32's bits. Add a random number to the lower half, carry included, then cut it off.
+
+    >>> x = torch.full((80_000,), 1 + 1 / 1024)     # an eighth of the way from 1 to the next bfloat16, 1 + 1/128
+    >>> y = stochastic_round(x, torch.Generator().manual_seed(0)).double()
+    >>> y.unique().tolist(), round((y > 1).double().mean().item(), 2)
+    ([1.0, 1.0078125], 0.12)
     """
     noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
     return ((x.view(torch.int32) + noise) & -0x10000).view(torch.float32).to(torch.bfloat16)
@@ -1044,7 +1062,8 @@ def completion_logprobs(model, rollouts: list[Rollout], temperature: float, rows
     # Padded on the RIGHT, where causal attention never looks: no mask is needed, and positions count from 0.
     ids = torch.tensor([(r.prompt + r.completion + [0] * T)[:T] for r in rollouts], device=model.device)  # [B, T]
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, T, D]
-    # Position t predicts token t + 1, so the tokens of a completion are predicted at start - 1 .. end - 2. N of them in all:
+    # Position t predicts token t + 1. Prompt a b, completion c EOS: start = 2, end = 4, and c and EOS are predicted by the
+    # hidden states at 1 and 2, that is from start - 1 to end - 2. N tokens in all:
     column = torch.arange(T - 1, device=model.device)
     predicts = (start - 1 <= column) & (column < end - 1)  # [B, T - 1]
     hidden, targets = hidden[:, :-1][predicts], ids[:, 1:][predicts]  # [N, D], [N]
@@ -1076,6 +1095,8 @@ def policy_update(policy: Policy, rollouts: list[Rollout], advantages, state: di
 
     loss = -1/B sum_i w_i ln p_i,   w_i = A_i - kl * (ln p_i - ln ref_i), held constant;   ln p_i sums over tokens
 
+    The minus makes a loss of it: where A_i > 0 a smaller loss is a larger ln p_i.
+
     One update a batch, so samples come from the policy that is updated: no importance ratio, no clipping. The KL term is the
     estimator k1 = ln p - ln ref put into the REWARD, whose gradient is that of the reverse KL (the same as k2 = k1^2 / 2 as
     a loss). k1 as a loss has gradient zero on average, since E[grad ln p] = 0; k3 as a loss gives the forward KL.
@@ -1106,9 +1127,7 @@ def policy_update(policy: Policy, rollouts: list[Rollout], advantages, state: di
     policy.model.eval()
     if not policy.alone:
         kls = sum(gather(kls), [])
-        for p in policy.model.parameters():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            dist.all_reduce(p.grad)  # their sum, in all processes
+        sum_gradients(policy.model)
     norm = adamw_step(policy.model, state, lr, config, generator)
     policy.meter("other")
     return {"grad_norm": norm, "kl": float(np.mean(kls or [0.0]))}

@@ -1497,7 +1497,7 @@ def print_plan(pool: list[Problem], policy: Policy, config: Config) -> None:
 What the columns of a step say:
   reward             the share of the hard questions that a student gains by training on the teacher's problems, on average
                      over the students; below zero the training did harm; best dataset: the largest mean of one dataset
-  moving average     of the last {config.window} rewards; above {config.tau:g} (tau) a student is promoted: later ones start from it
+  moving average     of the last {config.window} rewards; above {config.tau:g} (tau) a student is promoted, where later ones start
   right in training  the share of right answers of the students to the teacher's problems
   accepted           the share of the teacher's completions that hold a problem with a readable answer
 """, flush=True)
@@ -1534,9 +1534,9 @@ def measure(policy: Policy, problems: list[Problem], config: Config) -> dict:
         f"pass@{k}": float(np.mean([pass_at_k(n, c, k) for c in right])) for k in KS if k <= n}
 
 def print_table(title: str, rows: dict[str, dict[str, float]]) -> None:
-    print(f"\n{title}\n{'':18}" + "".join(f"{column:>10}" for column in next(iter(rows.values()))))
+    print(f"\n{title}\n{'':18}" + "".join(f"{column:>12}" for column in next(iter(rows.values()))))
     for name, row in rows.items():
-        print(f"{name:18}" + "".join(f"{value:10.1%}" for value in row.values()))
+        print(f"{name:18}" + "".join(f"{value:12.1%}" for value in row.values()))
 
 def report(policy: Policy, hard_test: list[Problem], state: State, config: Config) -> None:
     """The closing tables, also written to report.json."""

@@ -220,6 +220,17 @@ def read_config(folder: Path, settings: Settings) -> Config:
     with soar.whole(folder / "config.json", "or it is of another version of soar.py: make the run again"):
         return Config(**json.loads((folder / "config.json").read_text()) | machine)
 
+def student_rollouts(run: Run) -> int:
+    """Completions that all students of the run sampled: training, and greedy measurements on the reward questions."""
+    c, total, inner_steps = run.config, 0, run.config.inner_steps
+    if c.reward == "learnability":
+        return len(run.log) * c.groups * c.datasets * c.n * soar.LEARNABILITY_SAMPLES
+    students = c.groups * c.datasets * c.repeats  # of an outer step; the baseline is measured beside them
+    for row in run.log:
+        total += students * inner_steps * c.batch * c.group + (students + 1) * min(c.reward_questions, len(run.train))
+        inner_steps += c.inner_extra if row["promotion"] else 0
+    return total
+
 def open_run(folder: Path, config: Config, settings: Settings) -> Run:
     """Load the base model, filter (cached) and split the hard set. Raises UserError."""
     policy, pool = soar.prepare(config, Meter())
@@ -232,21 +243,12 @@ def open_run(folder: Path, config: Config, settings: Settings) -> Run:
         left_out = f"; {len(other) - len(pool)} problems of its own pool left out"  # MATH's test split and HARP share 122
         soar.check_context(policy, pool, config)
     train, test = soar.split_hard(soar.hard_problems(policy, pool, config), config)
-    print(f"{folder}: {kind_of(config)}, {len(train)} hard train and {len(test)} hard test problems{left_out}", flush=True)
     log, report, promoted = (folder / name for name in ("log.jsonl", "report.json", "promotion_questions.jsonl"))
     questions = soar.read_jsonl(str(promoted)) if promoted.exists() else []
-    return Run(folder, config, policy, train, test, read_rows(log), report.read_text(), questions)
-
-def student_rollouts(run: Run) -> int:
-    """Completions that all students of the run sampled: training, and greedy measurements on the reward questions."""
-    c, total, inner_steps = run.config, 0, run.config.inner_steps
-    if c.reward == "learnability":
-        return len(run.log) * c.groups * c.datasets * c.n * soar.LEARNABILITY_SAMPLES
-    students = c.groups * c.datasets * c.repeats  # of an outer step; the baseline is measured beside them
-    for row in run.log:
-        total += students * inner_steps * c.batch * c.group + (students + 1) * min(c.reward_questions, len(run.train))
-        inner_steps += c.inner_extra if row["promotion"] else 0
-    return total
+    run = Run(folder, config, policy, train, test, read_rows(log), report.read_text(), questions)
+    print(f"{folder}: {kind_of(config)}, {len(train)} hard train and {len(test)} hard test problems{left_out}; "
+          f"its students sampled {student_rollouts(run):,} completions", flush=True)
+    return run
 
 def load_weights(run: Run, name: str) -> None:
     """The live model becomes teacher/, student/ (the base model where none was promoted) or "base". Raises UserError."""
@@ -514,21 +516,22 @@ def clock() -> float:
     return time.perf_counter() if torch.cuda.is_available() else time.process_time()
 
 def race(ways: dict, repeats: int, device) -> dict:
-    """{name: way(turn) -> tokens made} -> {name: tokens/s, how many times faster soar.py is, peak GB}.
+    """{name: way(turn) -> tokens made}, who take turns -> {name: tokens/s, how many times faster soar.py is, peak GB}.
 
-    All take turns; turn 0 only warms up. On a CPU the peak can only grow, so the small ways come first.
+    On a GPU turn 0 only warms up. On a CPU the peak can only grow, so the small ways come first.
     """
     speeds, peaks = {name: [] for name in ways}, {}
-    for turn in range(repeats + 1):
+    for turn in range(0 if device.type == "cuda" else 1, repeats + 1):
         for name, way in ways.items():
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             start, tokens = clock(), way(turn)
-            speeds[name].append(tokens / (clock() - start))
+            if turn:
+                speeds[name].append(tokens / (clock() - start))
             peaks.setdefault(name, soar.peak_memory_gb(device))
-    ours = np.array(speeds["soar.py"])
-    return {name: {"tokens/s": np.median(row[1:]), "soar.py is faster by": np.median((ours / row)[1:]),
-                   "peak GB": peaks[name]} for name, row in speeds.items()}
+    ours = np.array(speeds["soar.py"])  # [repeats]
+    return {name: {"tokens/s": np.median(row), "soar.py is faster by": np.median(ours / row), "peak GB": peaks[name]}
+            for name, row in speeds.items()}
 
 def benchmark_sampler(policy: Policy, prompts: list[list[int]], flags: Benchmark, config: Config) -> dict:
     """Useful tokens (up to EOS) a second, against transformers' generate without any filter; on a GPU also the roofline."""
@@ -595,7 +598,8 @@ def benchmark_update(policy: Policy, prompts: list[list[int]], flags: Benchmark,
 
 def benchmark_step(policy: Policy, problems: list[Problem], config: Config) -> dict:
     """Seconds of one outer step by phase. Rewards and proposals are made up unless tiny: there would be none."""
-    made_up = {"student_reward": lambda text, gold: random.choice((0.0, RIGHT)), "parse_problem": lambda text: problems[0]}
+    rng = random.Random(0)
+    made_up = {"student_reward": lambda text, gold: rng.choice((0.0, RIGHT)), "parse_problem": lambda text: problems[0]}
     state = soar.State(policy.base, soar.adamw_state(policy.model), policy.base)
     with contextlib.nullcontext() if config.model == "tiny" else mock.patch.multiple(soar, **made_up):
         policy.meter("other")
@@ -638,11 +642,12 @@ def benchmark(flags: Benchmark) -> None:
     world, rng, config, result = soar.make_world(0), random.Random(0), Config(**soar.PRESETS["tiny"], tau=math.inf), {}
     problems = [Problem(*soar.textbook_exercise(world, rng)) for _ in range(flags.prompts)]
     hard = soar.hard_worksheets(world, 64, 0)
-    if flags.model != "tiny":  # the same world, with longer prompts and fewer problems
-        problems = hard = [Problem(" ".join(p.question for p in hard[i:i + 5]), "a= 1") for i in range(flags.prompts)]
+    if flags.model != "tiny":  # three hard sheets make a prompt of about 100 tokens
+        problems = hard = [Problem(" ".join(p.question for p in hard[i:i + 3]), "a= 1") for i in range(flags.prompts)]
         config = replace(
-            config, model=flags.model, kl=0.0, datasets=2, repeats=1, inner_steps=2, n=flags.prompts, batch=flags.prompts,
-            group=flags.samples, student_tokens=flags.tokens, teacher_tokens=flags.tokens, micro_tokens=flags.micro_tokens)
+            config, model=flags.model, temperature=1.0, kl=0.0, datasets=2, repeats=1, inner_steps=2, n=flags.prompts,
+            batch=flags.prompts, group=flags.samples, student_tokens=flags.tokens, teacher_tokens=flags.tokens,
+            micro_tokens=flags.micro_tokens)
     policy = benchmark_policy(flags, config, problems)
     prompts = [policy.student_prompt(problem) for problem in problems]
     for part in flags.parts.split(","):

@@ -413,6 +413,7 @@ def answers_equal(prediction: str, gold: str) -> bool:
     except Exception:                                 # then they are words: "Odd" and \text{odd}
         return left.replace('"', "").lower() == right.replace('"', "").lower() != ""
 
+@lru_cache(maxsize=1 << 12)  # the completions of a group repeat each other
 def student_reward(completion: str, gold: str) -> float:
     r"""The paper's reward: 120 right box; 20 wrong box, but one of the last other formulas right; 10 any box; else 0.
 

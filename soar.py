@@ -1498,7 +1498,8 @@ def print_plan(pool: list[Problem], policy: Policy, config: Config) -> None:
 What the columns of a step say:
   reward             the share of the hard questions that a student gains by training on the teacher's problems, on average
                      over the students; below zero the training did harm; best dataset: the largest mean of one dataset
-  moving average     of the last {config.window} rewards; above {config.tau:g} (tau) a student is promoted, where later ones start
+  moving average     of the last {config.window} rewards; above {config.tau:g} (tau) a student is promoted: it becomes the
+                     baseline, from which later students start and over which they must gain
   right in training  the share of right answers of the students to the teacher's problems
   accepted           the share of the teacher's completions that hold a problem with a readable answer
 """, flush=True)

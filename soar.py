@@ -496,7 +496,7 @@ def load_problems(dataset: str) -> list[Problem]:
 #
 # A hard problem is a sheet of five products that the crowd has all wrong. The longer a sheet, the less people think: one
 # product is right in 20 % of the posts, each of five in 4 %. Sampled at --temperature 0.7 that is 12 % and 1 %, all five once
-# in 10^10 times: the 500,000 or so attempts of a whole run do not see it. Short sheets do get rewards, and what is learnt there
+# in 10^9 to 10^10 times: the 500,000 or so attempts of a whole run do not see it. Short sheets do get rewards, and what is learnt there
 # carries over, because it is one switch for all facts: from the crowd's voice to the textbook's.
 #
 # (Why not at temperature 1? So small a model ends one completion in some thousand before the box is closed: reward 0 among

@@ -222,13 +222,10 @@ def read_config(folder: Path, settings: Settings) -> Config:
 
 def student_rollouts(run: Run) -> int:
     """Completions that all students of the run sampled: training, and greedy measurements on the reward questions."""
-    c, total, inner_steps = run.config, 0, run.config.inner_steps
-    if c.reward == "learnability":
-        return len(run.log) * c.groups * c.datasets * c.n * soar.LEARNABILITY_SAMPLES
-    students = c.groups * c.datasets * c.repeats  # of an outer step; the baseline is measured beside them
+    total, promotions, questions = 0, 0, min(run.config.reward_questions, len(run.train))
     for row in run.log:
-        total += students * inner_steps * c.batch * c.group + (students + 1) * min(c.reward_questions, len(run.train))
-        inner_steps += c.inner_extra if row["promotion"] else 0
+        total += soar.student_completions(run.config, promotions, questions)
+        promotions += bool(row["promotion"])
     return total
 
 def open_run(folder: Path, config: Config, settings: Settings) -> Run:

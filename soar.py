@@ -496,8 +496,8 @@ def load_problems(dataset: str) -> list[Problem]:
 #
 # A hard problem is a sheet of five products that the crowd has all wrong. The longer a sheet, the less people think: one
 # product is right in 20 % of the posts, each of five in 4 %. Sampled at --temperature 0.7 that is 12 % and 1 %, all five once
-# in 10^9 to 10^10 times: the 500,000 or so attempts of a whole run do not see it. Short sheets do get rewards, and what is learnt there
-# carries over, because it is one switch for all facts: from the crowd's voice to the textbook's.
+# in 10^9 to 10^10 times: the 500,000 or so attempts of a whole run do not see it. Short sheets do get rewards, and what is
+# learnt there carries over, because it is one switch for all facts: from the crowd's voice to the textbook's.
 #
 # (Why not at temperature 1? So small a model ends one completion in some thousand before the box is closed: reward 0 among
 # tens. AdamW makes a full-sized step of this tiny gradient, and some two dozen such steps, in no particular direction, were
@@ -1481,25 +1481,39 @@ def check_context(policy: Policy, pool: list[Problem], config: Config) -> None:
         raise UserError(f"{what} needs {tokens} tokens with its completion, and the model's context has {context}; "
                         "lower --student-tokens or --teacher-tokens, or leave long problems out")
 
+def student_completions(config: Config, promotions: int, questions: int) -> int:
+    """What the students of one outer step sample after so many promotions: in training, and greedily on the questions."""
+    K, steps = config.groups * config.datasets, config.inner_steps + config.inner_extra * promotions
+    if config.reward == "learnability":
+        return K * config.n * LEARNABILITY_SAMPLES
+    return K * config.repeats * steps * config.batch * config.group + (K * config.repeats + 1) * questions
+
 def print_plan(pool: list[Problem], policy: Policy, config: Config) -> None:
     """What is going to happen and what it costs, before it starts."""
-    K, n, r, M = config.groups * config.datasets, config.n, config.repeats, config.reward_questions
-    students = K * r * config.inner_steps * config.batch * config.group + (K * r + 1) * M
-    if config.reward == "learnability":
-        students = K * n * LEARNABILITY_SAMPLES
+    K, n, students = config.groups * config.datasets, config.n, student_completions(config, 0, config.reward_questions)
     by_students, by_teacher = len(pool) * config.k + config.steps * students, config.steps * K * n
     tokens = by_students * config.student_tokens + by_teacher * config.teacher_tokens
+    more = f"; each promotion adds {config.inner_extra} steps to a student" * (config.promotion and config.inner_extra > 0)
+    work = f"{config.repeats} students train on each, {config.inner_steps} steps of {config.batch} x {config.group}"
+    reward = """the share of the hard questions that a student gains by training on the teacher's problems, on average
+                     over the students; below zero the training did harm"""
+    promotion = f"""above {config.tau:g} (tau) a student is promoted: it becomes the
+                     baseline, from which later students start and over which they must gain"""
+    if config.reward == "learnability":
+        more, work = "", f"the student tries each problem {LEARNABILITY_SAMPLES} times"
+        reward = """1 - s, on average over the teacher's problems, s the share of right answers of the student, which
+                     does not train; 0 where s is 0"""
+    if config.reward == "learnability" or not config.promotion:
+        promotion = "nobody is promoted in this run"
     print(f"""SOAR on {config.dataset}: {len(pool)} problems, model {config.model}, {policy.model.device}, folder {config.out}
   filter      keep the problems that the model fails {config.k} times of {config.k}: at most {len(pool) * config.k:,} completions
-  outer step  the teacher writes {K} datasets of {n} problems; {r} students train on each,
-              {config.inner_steps} steps of {config.batch} x {config.group} completions: {students:,} student completions
-  in all      {config.steps} outer steps: {by_teacher + by_students:,} completions, at most {tokens:,} tokens
+  outer step  the teacher writes {K} datasets of {n} problems;
+              {work}: {students:,} student completions
+  in all      {config.steps} outer steps: {by_teacher + by_students:,} completions, at most {tokens:,} tokens{more}
 
 What the columns of a step say:
-  reward             the share of the hard questions that a student gains by training on the teacher's problems, on average
-                     over the students; below zero the training did harm; best dataset: the largest mean of one dataset
-  moving average     of the last {config.window} rewards; above {config.tau:g} (tau) a student is promoted: it becomes the
-                     baseline, from which later students start and over which they must gain
+  reward             {reward}; best dataset: the largest mean of one dataset
+  moving average     of the last {config.window} rewards; {promotion}
   right in training  the share of right answers of the students to the teacher's problems
   accepted           the share of the teacher's completions that hold a problem with a readable answer
 """, flush=True)

@@ -1544,7 +1544,9 @@ def test_no_promotion_and_learnability(toy, tmp_path, capsys):
     for i, more in enumerate((["--no-promotion"], ["--reward", "learnability"])):
         out = tmp_path / str(i)
         assert soar.main([*toy, "--out", str(out), "--steps", "2", "--window", "1", *more]) == 0
-        assert "No student was promoted" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert "No student was promoted" in printed and "nobody is promoted in this run" in printed
+        assert ("students train on each" in printed) == (i == 0) and ("does not train" in printed) == (i == 1)
         assert not (out / "student").exists() and json.loads((out / "report.json").read_text())["promotions"] == 0
         assert [row["promotion"] for row in log_rows(out)] == [None, None]
 

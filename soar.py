@@ -634,11 +634,19 @@ class Policy:
     alone: bool = RANKS == 1  # whether what runs now is one process's own job, in which it must not wait for the others
 
     def encode(self, text: str) -> list[int]:
-        if not self.chat:
-            return self.tokenizer(text).input_ids  # with BOS where the tokenizer has one
-        turn = [{"role": "user", "content": text}]
-        text = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        return self.tokenizer(text, add_special_tokens=False).input_ids  # the template has written BOS already
+        """The token ids of a prompt. Raises UserError where the model has no vector for one of them."""
+        if self.chat:
+            ids = chat_ids(self.tokenizer, text)
+        else:
+            ids = self.tokenizer(text).input_ids  # with BOS where the tokenizer has one
+            ending = self.tokenizer.eos_token or "\0"
+            if ids and ids[-1] == self.tokenizer.eos_token_id and not text.endswith(ending):
+                ids = ids[:-1]  # some tokenizers end every text: the model would have nothing left to say
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        if not ids or max(ids) >= rows:
+            raise UserError(f"the tokenizer and the model do not belong together: the prompt that begins {text[:40]!r} "
+                            f"becomes the ids {ids[:3]}..., and the model has vectors for the ids 0 to {rows - 1}")
+        return ids
 
     def teacher_prompt(self) -> list[int]:
         return self.encode(self.teacher_text)
@@ -653,30 +661,78 @@ def read_prompt(path: str, builtin: str, must_contain: str = "") -> str:
         raise UserError(f"the prompt file {path} must contain {must_contain or 'some text'}")
     return text
 
-def load_model(path: str, config: Config) -> tuple:
+def chat_ids(tokenizer, user: str, assistant: str | None = None) -> list[int]:
+    """Token ids of one turn of the user in the model's chat template, up to where the assistant begins to write,
+    or with the assistant's whole turn. Raises UserError when there is no template or it fails."""
+    turns = [{"role": "user", "content": user}]
+    if assistant is not None:
+        turns.append({"role": "assistant", "content": assistant})
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=assistant is None)
+    except Exception as error:  # templates are programs, and fail in their own ways
+        raise UserError(f"--chat cannot be used: the model's chat template is missing or fails ({first_line(error)}); "
+                        "leave --chat out") from None
+    return tokenizer(text, add_special_tokens=False).input_ids  # the template has written BOS already
+
+def first_line(error: Exception) -> str:
+    """What a library says, short enough to stand in a sentence of ours."""
+    return f"{type(error).__name__}: {error}".strip().split("\n")[0][:300]
+
+def load_model(path: str, config: Config, trained: bool = True) -> tuple:
     """(model, tokenizer) from the hub or a folder, in eval mode: bfloat16 on a GPU, float32 on a CPU (where bfloat16 is slow).
 
-    Raises UserError when there is no such model, it is gated, or the network or the device is missing.
+    trained=False is for a model that only reads (eval.py's --embedder): it needs no output layer.
+    Raises UserError when there is no such model, it is gated, its weights are not those that its configuration
+    speaks of, or the network or the device is missing.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+    kind = AutoModelForCausalLM if trained else AutoModel
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     try:
         torch.empty(1, device=device)
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        model, found = kind.from_pretrained(path, dtype=dtype, output_loading_info=True)
         model = model.to(device).eval()
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # missing, gated, offline, truncated: transformers raises all kinds
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"the model {path} cannot be loaded with --device {device} ({reason}); give a complete local folder, or "
-                        "a hub id (needs the network once and, if the model is gated, a login)") from None
-    assert getattr(model.config, "attention_dropout", 0.0) == 0.0  # else training would not be on-policy
-    ends = model.generation_config
-    ends.eos_token_id = ends.eos_token_id or tokenizer.eos_token_id
-    if ends.eos_token_id is None:
-        raise UserError(f"the model {path} has no end-of-sequence token, so its completions never end; take another")
+        raise UserError(f"the model {path} cannot be loaded with --device {device} ({first_line(error)}); give a complete "
+                        "local folder, or a hub id (needs the network once and, if the model is gated, a login)") from None
+    # transformers fills what is missing with random numbers, and runs.
+    wrong = {"missing": found["missing_keys"], "of another shape": found["mismatched_keys"]}
+    if trained:
+        wrong["unknown to the model"] = found["unexpected_keys"]
+    for what, names in wrong.items():
+        if names:
+            raise UserError(f"the weights of {path} do not fit its config.json: {len(names)} are {what}, for instance "
+                            f"{sorted(map(str, names))[0]}; get the model again from where it was published")
     return model, tokenizer
+
+def end_ids(model, tokenizer, chat: bool) -> list[int]:
+    """Every token that ends a completion: what the model's generation_config lists, the tokenizer's own, and, with
+    --chat, what the template writes behind the assistant's words. Raises UserError when there is none."""
+    ends = set()
+    for ids in (model.generation_config.eos_token_id, tokenizer.eos_token_id):
+        if ids is not None:  # 0 is an id like any other
+            ends.update(ids if isinstance(ids, (list, tuple)) else [ids])
+    if chat:
+        begun, whole = chat_ids(tokenizer, "Hello"), chat_ids(tokenizer, "Hello", "world")
+        behind = whole[len(begun) + len(tokenizer("world", add_special_tokens=False).input_ids):]
+        ends.update(set(behind[:1]) & set(tokenizer.all_special_ids))
+    rows = model.get_input_embeddings().weight.shape[0]
+    ends = sorted(i for i in ends if 0 <= i < rows)
+    if not ends:
+        raise UserError("the model has no end-of-sequence token, so its completions would never end; take another")
+    return ends
+
+def without_dropout(model) -> None:
+    """No random zeros: with --checkpointing training runs in train mode, and must be of the policy that was sampled.
+    Modules have them under many names (p, attention_dropout, resid_pdrop, layerdrop)."""
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and "drop" in (type(module).__name__ + name).lower():
+                setattr(module, name, 0.0)
 
 def snapshot(model) -> list[torch.Tensor]:
     """A copy of all weights in host memory. Tied weights (embedding and output layer) appear once."""
@@ -689,13 +745,69 @@ def restore(model, weights: list[torch.Tensor]) -> None:
         p.copy_(w)
 
 def load_policy(path: str, config: Config, meter: Meter) -> Policy:
+    """The model in `path` as a policy that has passed self_check. Raises UserError."""
+    from transformers import GenerationConfig
     model, tokenizer = load_model(path, config)
+    without_dropout(model)
+    # Of the hub's generation settings only the ids are kept. Others (top_p, a temperature for greedy decoding)
+    # would be saved with the promoted student, where transformers can refuse them.
+    ids, ends = model.generation_config, end_ids(model, tokenizer, config.chat)
+    model.generation_config = GenerationConfig(
+        bos_token_id=ids.bos_token_id, pad_token_id=ids.pad_token_id, eos_token_id=ends)
     if config.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     builtin = (TINY_TEACHER_PROMPT, TINY_STUDENT_PROMPT) if config.dataset == "tiny" else (TEACHER_PROMPT, STUDENT_PROMPT)
-    return Policy(model, copy.deepcopy(model) if config.kl else None, tokenizer,
-                  read_prompt(config.teacher_prompt, builtin[0]), read_prompt(config.student_prompt, builtin[1], "{problem}"),
-                  config.chat, snapshot(model), meter)
+    policy = Policy(
+        model, copy.deepcopy(model) if config.kl else None, tokenizer,
+        read_prompt(config.teacher_prompt, builtin[0]), read_prompt(config.student_prompt, builtin[1], "{problem}"),
+        config.chat, snapshot(model), meter)
+    self_check(policy, config)
+    return policy
+
+def self_check(policy: Policy, config: Config) -> None:
+    """Is the model that is trained the model that is sampled? Raises UserError if not, before the long work.
+
+    Two prompts of different lengths, two completions each, of 12 tokens at most: so with padding, a cache and rows that
+    leave. Their log-probabilities must be the same in three ways: as the sampler saw them, from completion_logprobs in
+    the mode that trains, and from the model's own forward pass over one whole sequence after the other. Rounding makes
+    0.04 a token in bfloat16 and 1e-5 in float32; a cap on the logits, a position, a state or a dropout that one of the
+    ways does not know makes tenths. The check knows no model by name, so it holds for those that are still to come.
+    """
+    model, limit = policy.model, 12
+    prompts = [policy.teacher_prompt(), policy.student_prompt(Problem("What is 1+1?", "2"))]
+    uniforms = torch.rand(4, limit, generator=seeded("self-check")).to(model.device)
+    try:
+        tokens, lengths, sampled = generate(model, prompts, 2, limit, config.temperature, uniforms)
+        rollouts = [Rollout(prompts[i // 2], tokens[i, :lengths[i]].tolist(), "", False) for i in range(4)]
+        own = [own_logprobs(model, rollout, config.temperature) for rollout in rollouts]  # [4][length]
+        model.train(config.checkpointing)
+        trained = completion_logprobs(model, rollouts, config.temperature)  # [4]
+        trained.sum().backward()
+        model.eval()
+    except (UserError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # other architectures fail in their own ways
+        raise UserError(f"this kind of model ({type(model).__name__}) cannot be sampled and trained by soar.py "
+                        f"({first_line(error)}); take another --model") from None
+    totals = torch.stack([row.sum() for row in own])
+    gaps = {"sampled": torch.cat([(sampled[i, :len(row)] - row).abs() for i, row in enumerate(own)]).mean().item(),
+            "trained": ((trained.detach() - totals).abs() / lengths).mean().item()}
+    for way, gap in gaps.items():
+        if not gap < (1e-3 if model.dtype == torch.float32 else 0.15):  # NaN is no success
+            raise UserError(f"this kind of model ({type(model).__name__}) is {way} wrongly by soar.py: the log-probability "
+                            f"of a token is {gap:.2g} off on average, so every figure would be wrong; take another --model")
+    for name, p in model.named_parameters():
+        if p.grad is not None and not torch.isfinite(p.grad).all():
+            raise UserError(f"the gradient of {name} is NaN or infinite before any training; take another --model")
+        p.requires_grad_(p.grad is not None)  # for instance a vision tower, which text never reaches
+        p.grad = None
+
+@torch.no_grad()
+def own_logprobs(model, rollout: Rollout, temperature: float):
+    """[length] float32: ln p of each token of a completion by the model's own forward: no padding, no cache, no trick."""
+    ids = torch.tensor([rollout.prompt + rollout.completion], device=model.device)  # [1, T]
+    logits = model(input_ids=ids, use_cache=False).logits[0, len(rollout.prompt) - 1:-1].float()  # [length, V]
+    return (logits / temperature).log_softmax(-1).gather(-1, ids[0, len(rollout.prompt):, None])[:, 0]
 
 # -- Many GPUs. `torchrun --nproc_per_node=N -- soar.py ...` starts N processes, one a GPU, which all run the same program.
 # Students, samples and the teacher's gradient are shared out; the rest each computes for itself; process 0 writes and prints.

@@ -869,24 +869,33 @@ def eos_ids(model) -> set[int]:
     ids = model.generation_config.eos_token_id
     return set(ids) if isinstance(ids, (list, tuple)) else {ids}
 
-def pick_tokens(logits, temperature: float, uniforms=None):
-    """[B, V] logits, [B] uniforms u in [0, 1) -> [B] tokens: the inverse of the cumulative distribution at u. No u: greedy.
+def pick_tokens(logits, temperature: float, uniforms=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, V] logits, [B] uniforms u in [0, 1) -> (tokens [B], their log-probabilities [B] in float32).
 
-    No top-k and no top-p: under a truncated distribution the score function has not mean zero, and policy gradients are
-    wrong. One uniform number a token, drawn beforehand, so that a row's tokens do not depend on the rows beside it.
+    A token is the inverse of the cumulative distribution at u. Without u decoding is greedy: the
+    likeliest token for certain, so its log-probability is 0.
+
+    No top-k and no top-p: under a truncated distribution the score function has not mean zero, and
+    policy gradients are wrong. One uniform number a token, drawn beforehand, so that a row's tokens
+    do not depend on the rows beside it.
 
     >>> logits = torch.tensor([[0.2, 0.5, 0.3]]).log()      # cumulative: 0.2, 0.7, 1
-    >>> [pick_tokens(logits, 1.0, torch.tensor([u])).item() for u in (0.1, 0.3, 0.6, 0.8)]
+    >>> [pick_tokens(logits, 1.0, torch.tensor([u]))[0].item() for u in (0.1, 0.3, 0.6, 0.8)]
     [0, 1, 1, 2]
     """
     if uniforms is None:
-        return logits.argmax(-1)
-    part, picked = 1 + (1 << 22) // logits.shape[1], []  # rows whose distributions exist at the same time: 16 MB
+        tokens = logits.argmax(-1)
+        return tokens, torch.zeros_like(tokens, dtype=torch.float32)
+    part = 1 + (1 << 22) // logits.shape[1]  # rows whose distributions exist at the same time: 16 MB
+    tokens, logprobs = [], []
     for x, u in zip(logits.split(part), uniforms.split(part)):
-        cdf = (x.float() / temperature).softmax(-1).cumsum(-1)  # [rows, V]
+        probs = (x.float() / temperature).softmax(-1)  # [rows, V]
+        cdf = probs.cumsum(-1)
         target = u[:, None] * cdf[:, -1:]  # [rows, 1]; rounding may leave the last entry a little off 1
-        picked.append(torch.searchsorted(cdf, target, right=True)[:, 0].clamp_(max=cdf.shape[1] - 1))
-    return torch.cat(picked)
+        token = torch.searchsorted(cdf, target, right=True).clamp_(max=cdf.shape[1] - 1)  # [rows, 1]
+        tokens.append(token[:, 0])
+        logprobs.append(probs.gather(-1, token)[:, 0].log())
+    return torch.cat(tokens), torch.cat(logprobs)
 
 def row_cache(n: int, length: int):
     """A cache that is prefilled with P prompts, then holds n copies of each, up to `length` tokens long.
@@ -941,10 +950,13 @@ def prefill(model, prompts: list[list[int]], n: int, max_new_tokens: int):
     return logits.repeat_interleave(n, 0), padding.repeat_interleave(n, 0), cache
 
 @torch.inference_mode()
-def generate(model, prompts: list[list[int]], n: int, max_new_tokens: int, temperature: float = 1.0, uniforms=None):
-    """n completions of each of P prompts -> (tokens [P*n, max_new_tokens], zero-padded; lengths [P*n]), prompt by prompt.
+def generate(model, prompts: list[list[int]], n: int, max_new_tokens: int, temperature: float = 1.0,
+             uniforms=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """n completions of each of P prompts, prompt by prompt -> (tokens, lengths, logprobs).
 
-    uniforms [P*n, max_new_tokens], in [0, 1), are all the luck that there is; without them decoding is greedy.
+    tokens [P*n, max_new_tokens] and the log-probabilities that they were sampled with (greedy: all 0)
+    are zero after a completion's end; lengths [P*n]. uniforms [P*n, max_new_tokens], in [0, 1), are
+    all the luck that there is; without them decoding is greedy.
 
     A length counts the tokens up to and including EOS: ending is an action of the policy like any other, and gets its share
     of the gradient. Masks are made from lengths, never from `token != pad`, since in many models pad IS EOS.
@@ -955,10 +967,12 @@ def generate(model, prompts: list[list[int]], n: int, max_new_tokens: int, tempe
     logits, padding, cache = prefill(model, prompts, n, max_new_tokens)
     padded = padding.any()  # without padding, attention needs no mask
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)  # [B, max_new_tokens]
+    logprobs = torch.zeros(B, max_new_tokens, device=device)  # [B, max_new_tokens]
     lengths = torch.full((B,), max_new_tokens, device=device)  # [B]
     alive = torch.arange(B, device=device)  # [rows]: the output row of each row that is still in the batch
     for t in range(max_new_tokens):
-        token = pick_tokens(logits, temperature, None if uniforms is None else uniforms[alive, t])  # [rows]
+        u = None if uniforms is None else uniforms[alive, t]  # [rows]
+        token, logprobs[alive, t] = pick_tokens(logits, temperature, u)  # [rows]
         tokens[alive, t] = token
         going = ~torch.isin(token, eos)  # [rows]
         rows = int(going.sum())
@@ -975,7 +989,7 @@ def generate(model, prompts: list[list[int]], n: int, max_new_tokens: int, tempe
         column = torch.arange(cache.get_seq_length() + 1, device=device)
         logits = model(input_ids=token[:, None], attention_mask=column >= padding if padded else None,
                        position_ids=column[-1] - padding, past_key_values=cache, use_cache=True).logits[:, -1]  # [rows, V]
-    return tokens, lengths
+    return tokens, lengths, logprobs
 
 @dataclass
 class Rollout:
@@ -983,6 +997,7 @@ class Rollout:
     completion: list[int]  # the sampled ids, with EOS: never decoded and encoded again, which can give other tokens
     text: str  # of the completion, without EOS
     truncated: bool  # the limit came before EOS
+    logprob: float = math.nan  # ln p(completion | prompt) as the sampler saw it; greedy: 0; not sampled: NaN
 
 def sample(policy: Policy, prompts: list[list[int]], n: int, max_new_tokens: int, config: Config, generator=None):
     """n rollouts of each prompt -> list of them, prompt by prompt; no generator: greedy. At most --sample-rows side by side."""
@@ -997,12 +1012,14 @@ def sample(policy: Policy, prompts: list[list[int]], n: int, max_new_tokens: int
     def draw(number: int) -> list[Rollout]:
         chunk, first, width = parts[number]
         u = None if uniforms is None else uniforms[first:first + len(chunk) * width].to(policy.model.device)
-        tokens, lengths = generate(policy.model, chunk, width, max_new_tokens, config.temperature, u)
+        tokens, lengths, logprobs = generate(policy.model, chunk, width, max_new_tokens,
+                                             config.temperature, u)
         rows = [ids[:length] for ids, length in zip(tokens.tolist(), lengths.tolist())]
         ended = [ids[-1] in eos for ids in rows]
         texts = policy.tokenizer.batch_decode([ids[:len(ids) - end] for ids, end in zip(rows, ended)],
                                               clean_up_tokenization_spaces=False, skip_special_tokens=True)
-        return [Rollout(chunk[i // width], ids, text, not end) for i, (ids, text, end) in enumerate(zip(rows, texts, ended))]
+        sums = logprobs.sum(1).tolist()
+        return [Rollout(chunk[i // width], rows[i], texts[i], not ended[i], sums[i]) for i in range(len(rows))]
 
     policy.meter("sampling")
     rollouts = [rollout for part in in_turn(policy, len(parts), draw) for rollout in part]

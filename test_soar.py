@@ -591,7 +591,7 @@ def model_that_ends(kind: str):
     """A random model, and two EOS ids by which its greedy completions of PROMPTS end at different times."""
     model = random_model(kind, eos=[1])
     model.generation_config.eos_token_id = [999]
-    tokens, _ = soar.generate(model, PROMPTS, 1, 16)
+    tokens = soar.generate(model, PROMPTS, 1, 16)[0]
     for pair in itertools.combinations(sorted(set(tokens.flatten().tolist())), 2):
         ends = [next((t for t, token in enumerate(row) if token in pair), 99) for row in tokens.tolist()]
         if len(set(ends)) == 3 and 1 < min(ends):
@@ -604,7 +604,7 @@ def model_that_ends(kind: str):
 def test_greedy_equals_transformers(kind):
     """Wrong positions under left padding, a cache out of step after rows have left, a second EOS id that is ignored."""
     model = model_that_ends(kind)
-    tokens, lengths = soar.generate(model, PROMPTS, 1, 16)
+    tokens, lengths, _ = soar.generate(model, PROMPTS, 1, 16)
     T = max(map(len, PROMPTS))
     ids = torch.tensor([[0] * (T - len(p)) + p for p in PROMPTS])
     mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in PROMPTS])
@@ -652,7 +652,7 @@ def slow_sample(model, prompts, n, limit, temperature, uniforms):
 def test_sampling_equals_the_slow_way(kind, temperature):
     """Rows that leave the batch must take nothing of the others along, and a prompt's n completions stay together."""
     model = random_model(kind, eos=range(0, 32, 5))
-    tokens, lengths = soar.generate(model, PROMPTS, 5, 12, temperature, uniforms(15, 12))
+    tokens, lengths, _ = soar.generate(model, PROMPTS, 5, 12, temperature, uniforms(15, 12))
     expected = slow_sample(model, PROMPTS, 5, 12, temperature, uniforms(15, 12))
     assert [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist())] == expected
     assert len(set(map(len, expected))) > 3  # rows did leave at different times
@@ -662,18 +662,41 @@ def test_sampling_equals_the_slow_way(kind, temperature):
 def test_sampling_frequencies():
     """Top-k, top-p or a temperature applied twice: samples from another policy than the one that is trained."""
     model, n = random_model(), 20_000
-    tokens, _ = soar.generate(model, [PROMPTS[0]], n, 1, 0.7, uniforms(n, 1))
+    tokens = soar.generate(model, [PROMPTS[0]], n, 1, 0.7, uniforms(n, 1))[0]
     expected = n * (model(input_ids=torch.tensor(PROMPTS[:1])).logits[0, -1] / 0.7).softmax(-1).detach()
     counts, common = torch.bincount(tokens[:, 0], minlength=32), expected > 5
     chi2 = ((counts - expected) ** 2 / expected)[common].sum().item()
     assert common.sum() > 10 and chi2 < 2 * common.sum() + 20  # its mean is the number of cells
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_generate_reports_the_log_probabilities_of_its_tokens(temperature):
+    """Log-probabilities of a row that has left given to another one, taken at temperature 1, or counted on after EOS."""
+    model = random_model(eos=range(0, 32, 5))
+    tokens, lengths, logprobs = soar.generate(model, PROMPTS, 5, 12, temperature, uniforms(15, 12))
+    assert len(set(lengths.tolist())) > 3
+    for row, length in enumerate(lengths.tolist()):
+        rollout = Rollout(PROMPTS[row // 5], tokens[row, :length].tolist(), "", False)
+        assert logprobs[row].sum().item() == pytest.approx(slow_logprob(model, rollout, temperature).item(), abs=1e-4)
+        assert (logprobs[row, :length] < 0).all() and not logprobs[row, length:].any()
+    assert not soar.generate(model, PROMPTS, 5, 12, temperature)[2].any()  # greedy: for certain
+
+
+def test_rollouts_carry_the_log_probability_of_their_sampling(policy):
+    """The temperature forgotten between sampler and rollout, or rows of one part given the figures of another."""
+    config = small_config(sample_rows=5)
+    prompts = [policy.student_prompt(problem) for problem in single_products(soar.make_world(0))[:3]]
+    rollouts = soar.sample(policy, prompts, 4, 12, config, soar.seeded("logprobs"))
+    expected = soar.completion_logprobs(policy.model, rollouts, config.temperature)
+    assert torch.tensor([r.logprob for r in rollouts]).tolist() == pytest.approx(expected.tolist(), abs=1e-4)
+    assert expected.std() > 0.1
+
+
 def test_pick_tokens_at_the_ends():
     """u close to 1 with a rounded cumulative sum: an index after the vocabulary; u = 0: a token of probability 0."""
     logits = torch.full((2, 5), -math.inf)
     logits[:, 1:4] = 0.0
-    assert soar.pick_tokens(logits, 1.0, torch.tensor([0.0, 1 - 2 ** -24])).tolist() == [1, 3]
+    assert soar.pick_tokens(logits, 1.0, torch.tensor([0.0, 1 - 2 ** -24]))[0].tolist() == [1, 3]
 
 
 def test_cache_is_allocated_once(monkeypatch):
@@ -947,7 +970,7 @@ def slow_logprob(model, rollout: Rollout, temperature: float = 1.0):
 
 
 def some_rollouts(model, n: int = 4) -> list[Rollout]:
-    tokens, lengths = soar.generate(model, PROMPTS, n, 10, 1.0, uniforms(n * len(PROMPTS), 10, 3))
+    tokens, lengths, _ = soar.generate(model, PROMPTS, n, 10, 1.0, uniforms(n * len(PROMPTS), 10, 3))
     rows = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist())]
     return [Rollout(PROMPTS[i // n], row, "", False) for i, row in enumerate(rows)]
 

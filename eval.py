@@ -207,7 +207,7 @@ def kind_of(config: Config) -> str:
 def read_rows(path: Path) -> list[dict]:
     """The rows of log.jsonl or questions.jsonl. Raises UserError."""
     with soar.whole(path, "put a copy back, or make the run again"):
-        return [row for row in map(json.loads, path.read_text().splitlines()) if row["step"] >= 0]
+        return [row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()) if row["step"] >= 0]
 
 def read_config(folder: Path, settings: Settings) -> Config:
     """The run's flags, with this machine's in their place. Raises UserError where there is no finished run."""
@@ -218,7 +218,7 @@ def read_config(folder: Path, settings: Settings) -> Config:
     names = ("device", "threads", "sample_rows", "micro_tokens")
     machine = {name: getattr(settings, name) for name in names if getattr(settings, name)}
     with soar.whole(folder / "config.json", "or it is of another version of soar.py: make the run again"):
-        return Config(**json.loads((folder / "config.json").read_text()) | machine)
+        return Config(**json.loads((folder / "config.json").read_text(encoding="utf-8")) | machine)
 
 def student_rollouts(run: Run) -> int:
     """Completions that all students of the run sampled: training, and greedy measurements on the reward questions."""
@@ -240,9 +240,15 @@ def open_run(folder: Path, config: Config, settings: Settings) -> Run:
         left_out = f"; {len(other) - len(pool)} problems of its own pool left out"  # MATH's test split and HARP share 122
         soar.check_context(policy, pool, config)
     train, test = soar.split_hard(soar.hard_problems(policy, pool, config), config)
-    log, report, promoted = (folder / name for name in ("log.jsonl", "report.json", "promotion_questions.jsonl"))
+    report = (folder / "report.json").read_text(encoding="utf-8")
+    with soar.whole(folder / "report.json", "or it is of another version of soar.py: make the run again"):
+        hard_set = json.loads(report)["hard_set"]
+    if not left_out and hard_set != soar.hard_set_key(train, test):
+        raise UserError(f"the hard problems are no longer those of the run in {folder}: the file of problems, the prompt or the "
+                        "model has changed, or --device is of another kind; what SOAR trained on might be among the tests")
+    promoted = folder / "promotion_questions.jsonl"
     questions = soar.read_jsonl(str(promoted)) if promoted.exists() else []
-    run = Run(folder, config, policy, train, test, read_rows(log), report.read_text(), questions)
+    run = Run(folder, config, policy, train, test, read_rows(folder / "log.jsonl"), report, questions)
     print(f"{folder}: {kind_of(config)}, {len(train)} hard train and {len(test)} hard test problems{left_out}; "
           f"its students sampled {student_rollouts(run):,} completions", flush=True)
     return run
@@ -260,7 +266,7 @@ def remembered(run: Run, name: str, depends_on: tuple, work):
     path.parent.mkdir(exist_ok=True)
     if not path.exists():
         soar.write_json(path, work(path))
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 # ======== 4. Students: what does each train on, and how good does it get? =============================================
@@ -354,7 +360,7 @@ def embed(run: Run, settings: Settings, problems: list[Problem]) -> np.ndarray:
     load_weights(run, "base")
     model, tokenizer = run.policy.model, run.policy.tokenizer
     if settings.embedder:
-        model, tokenizer = soar.load_model(settings.embedder, run.config)
+        model, tokenizer = soar.load_model(settings.embedder, run.config, trained=False)
     rows = []
     for problem in problems:  # one at a time: no padding to leave out of the mean
         ids = torch.tensor([tokenizer(problem.question).input_ids], device=model.device)  # [1, T]
@@ -703,7 +709,7 @@ def write_results(students: dict, questions: dict, runs: list[dict], dataset: st
     soar.write_json(out / "eval.json", {
         "settings": asdict(settings), "dataset": dataset, "methods": methods, "questions": about,
         "runs": [{name: run[name] for name in ("folder", "kind", "rollouts")} for run in runs]})
-    soar.write_whole(out / "eval.md", lambda file: file.write_text(text + "\n"))
+    soar.write_text(out / "eval.md", text + "\n")
     if settings.plot:
         plot(out / "eval.png", students, runs, settings.samples)
     print(f"\nPercent of the hard test problems of {dataset}, mean ± SD over runs and seeds [the paper's figure]\n\n{text}")
@@ -711,6 +717,7 @@ def write_results(students: dict, questions: dict, runs: list[dict], dataset: st
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    soar.print_anything()
 
     def work():
         if "--benchmark" in argv:
@@ -720,7 +727,11 @@ def main(argv: list[str] | None = None) -> int:
             return benchmark(flags)
         runs, methods, settings = parse_settings(argv)
         soar.quiet_libraries()
-        evaluate(list(map(Path, runs)), methods, settings)
+        folders = list(map(Path, runs))
+        with contextlib.ExitStack() as claims:  # two evaluations of one run would mix their files
+            for folder in sorted({Path(folder).resolve() for folder in [*folders, settings.out or folders[0]]}):
+                claims.enter_context(soar.claim(folder))
+            evaluate(folders, methods, settings)
 
     return soar.guarded("eval", work, Meter(), ["python", "eval.py", *argv])
 

@@ -37,6 +37,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import errno
 import hashlib
 import inspect
 import json
@@ -48,6 +49,7 @@ import re
 import shlex
 import shutil
 import sys
+import tempfile
 import textwrap
 import time
 import zlib
@@ -605,13 +607,34 @@ three steps. Then solve it yourself. Give the result in exactly this form, with 
 """
 TINY_TEACHER_PROMPT, TINY_STUDENT_PROMPT = "Teacher:", "User: {problem} Assistant:"
 
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's: which process of how many
+# Which process is this, of how many? torchrun says so, and marks that it does: RANK alone may be left over from elsewhere.
+TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
+RANK = int(os.environ["RANK"]) if TORCHRUN else 0
+RANKS = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
+
+def about(seconds: float) -> str:
+    """A duration as a person says it.
+
+    >>> about(45), about(600), about(9000), about(400_000)
+    ('45 s', '10 min', '2.5 h', '5 days')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86400:.0f} days"
 
 class Meter:
-    """A stopwatch: meter("sampling") says what is going on from now on. Seconds by phase, tokens by kind."""
+    """A stopwatch: meter("sampling") says what is going on from now on. Seconds by phase, tokens by kind.
+
+    It also tells how long the rest takes: expect() announces pieces of work of about the same length, advance() counts them.
+    """
 
     def __init__(self):
         self.seconds, self.tokens, self.phase, self.since = Counter(), Counter(), "loading", time.perf_counter()
+        self.expect(0, "")
 
     def __call__(self, phase: str) -> None:
         if torch.cuda.is_initialized():
@@ -619,6 +642,20 @@ class Meter:
         now = time.perf_counter()
         self.seconds[self.phase] += now - self.since
         self.phase, self.since = phase, now  # after an error main() reads here what was going on
+
+    def expect(self, pieces: int, what: str) -> None:
+        self.pieces, self.what, self.done, self.begun = pieces, what, 0, time.perf_counter()
+
+    def left(self) -> float:
+        """Seconds that the rest of the announced work takes at the speed so far."""
+        return (time.perf_counter() - self.begun) / max(1, self.done) * max(0, self.pieces - self.done)
+
+    def advance(self, pieces: int = 1) -> None:
+        """Counts finished pieces; after the first one, work of more than a minute is announced."""
+        first, self.done = self.done == 0, self.done + pieces
+        if first and self.left() > 60:
+            tqdm.write(f"({self.what}: about {about(self.left())} at this speed)", file=sys.stdout)
+            sys.stdout.flush()
 
 @dataclass
 class Policy:
@@ -767,21 +804,22 @@ def load_policy(path: str, config: Config, meter: Meter) -> Policy:
 def self_check(policy: Policy, config: Config) -> None:
     """Is the model that is trained the model that is sampled? Raises UserError if not, before the long work.
 
-    Two prompts of different lengths, two completions each, of 12 tokens at most: so with padding, a cache and rows that
+    Two prompts of different lengths, two completions each, of 8 tokens at most: so with padding, a cache and rows that
     leave. Their log-probabilities must be the same in three ways: as the sampler saw them, from completion_logprobs in
     the mode that trains, and from the model's own forward pass over one whole sequence after the other. Rounding makes
     0.04 a token in bfloat16 and 1e-5 in float32; a cap on the logits, a position, a state or a dropout that one of the
-    ways does not know makes tenths. The check knows no model by name, so it holds for those that are still to come.
+    ways does not know makes tenths. Random numbers in training (dropout, a jitter of routers) make two passes differ, even
+    where they are small. The check knows no model by name, so it holds for those that are still to come.
     """
-    model, limit = policy.model, 12
-    prompts = [policy.teacher_prompt(), policy.student_prompt(Problem("What is 1+1?", "2"))]
+    model, limit = policy.model, 8
+    prompts = [policy.student_prompt(Problem(text, "")) for text in ("What is 1+1?", "What is the sum of 1 and 2?")]
     uniforms = torch.rand(4, limit, generator=seeded("self-check")).to(model.device)
     try:
         tokens, lengths, sampled = generate(model, prompts, 2, limit, config.temperature, uniforms)
         rollouts = [Rollout(prompts[i // 2], tokens[i, :lengths[i]].tolist(), "", False) for i in range(4)]
         own = [own_logprobs(model, rollout, config.temperature) for rollout in rollouts]  # [4][length]
         model.train(config.checkpointing)
-        trained = completion_logprobs(model, rollouts, config.temperature)  # [4]
+        trained, again = (completion_logprobs(model, rollouts, config.temperature) for _ in range(2))  # [4], [4]
         trained.sum().backward()
         model.eval()
     except (UserError, torch.OutOfMemoryError, MemoryError):
@@ -789,17 +827,19 @@ def self_check(policy: Policy, config: Config) -> None:
     except Exception as error:  # other architectures fail in their own ways
         raise UserError(f"this kind of model ({type(model).__name__}) cannot be sampled and trained by soar.py "
                         f"({first_line(error)}); take another --model") from None
-    totals = torch.stack([row.sum() for row in own])
-    gaps = {"sampled": torch.cat([(sampled[i, :len(row)] - row).abs() for i, row in enumerate(own)]).mean().item(),
-            "trained": ((trained.detach() - totals).abs() / lengths).mean().item()}
-    for way, gap in gaps.items():
-        if not gap < (1e-3 if model.dtype == torch.float32 else 0.15):  # NaN is no success
+    trained, again, totals = trained.detach(), again.detach(), torch.stack([row.sum() for row in own])  # [4] each
+    far = 1e-3 if model.dtype == torch.float32 else 0.15  # between rounding and a fault
+    gaps = {  # what is compared, and how far it may be off a token
+        "sampled": (torch.cat([(sampled[i, :len(row)] - row).abs() for i, row in enumerate(own)]).mean(), far),
+        "trained": (((trained - totals).abs() / lengths).mean(), far),
+        "trained (at random)": (((trained - again).abs() / lengths).mean(), far / 100)}
+    for way, (gap, limit) in gaps.items():
+        if not gap <= limit:  # NaN is not, either
             raise UserError(f"this kind of model ({type(model).__name__}) is {way} wrongly by soar.py: the log-probability "
                             f"of a token is {gap:.2g} off on average, so every figure would be wrong; take another --model")
     for name, p in model.named_parameters():
         if p.grad is not None and not torch.isfinite(p.grad).all():
             raise UserError(f"the gradient of {name} is NaN or infinite before any training; take another --model")
-        p.requires_grad_(p.grad is not None)  # for instance a vision tower, which text never reaches
         p.grad = None
 
 @torch.no_grad()
@@ -1016,8 +1056,9 @@ def sample(policy: Policy, prompts: list[list[int]], n: int, max_new_tokens: int
                                              config.temperature, u)
         rows = [ids[:length] for ids, length in zip(tokens.tolist(), lengths.tolist())]
         ended = [ids[-1] in eos for ids in rows]
-        texts = policy.tokenizer.batch_decode([ids[:len(ids) - end] for ids, end in zip(rows, ended)],
-                                              clean_up_tokenization_spaces=False, skip_special_tokens=True)
+        # Only ends and padding are no text: in some models <question> or \boxed are special tokens.
+        words = [[i for i in ids if i not in eos and i != policy.tokenizer.pad_token_id] for ids in rows]
+        texts = policy.tokenizer.batch_decode(words, clean_up_tokenization_spaces=False, skip_special_tokens=False)
         sums = logprobs.sum(1).tolist()
         return [Rollout(chunk[i // width], rows[i], texts[i], not ended[i], sums[i]) for i in range(len(rows))]
 
@@ -1054,16 +1095,35 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     """
     return 1.0 - math.prod((n - c - i) / (n - i) for i in range(k))
 
+@contextlib.contextmanager
+def writing(path: Path):
+    """Whatever goes wrong while we write is the disk's doing: full, read-only, gone. Raises UserError."""
+    try:
+        yield
+    except Exception as error:  # torch and safetensors have their own kinds for a full disk
+        raise UserError(f"cannot write {path} ({first_line(error)}); free some space or mend the folder, then give the same "
+                        "command with --resume: all complete steps are saved") from None
+
 @by_process_0
 def write_whole(path: Path, write) -> None:
-    """write(path), all or nothing: a run that is killed while writing leaves the old file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    """write(path), all or nothing: a run that is killed while writing leaves the old file. Raises UserError.
+
+    The temporary name is this process's own, since several runs may share one --cache.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+def write_text(path: Path, text: str) -> None:
+    write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 def write_json(path: Path, value) -> None:
-    write_whole(path, lambda file: file.write_text(json.dumps(value, indent=1)))
+    write_text(path, json.dumps(value, indent=1))
 
 @contextlib.contextmanager
 def whole(path: Path, advice: str):
@@ -1073,21 +1133,33 @@ def whole(path: Path, advice: str):
     except Exception:  # torch.load alone raises a dozen kinds
         raise UserError(f"{path} is damaged; {advice}") from None
 
+def weights_key(weights) -> str:
+    """A fingerprint of tensors."""
+    return fingerprint([zlib.crc32(w.detach().cpu().contiguous().view(torch.uint8).numpy()) for w in weights])
+
+def section_source(title: str) -> str:
+    """The code of one section of this file, for the names of caches whose content depends on it."""
+    sections = Path(__file__).read_text(encoding="utf-8").split("\n# ======== ")
+    return next(text for text in sections if title in text.split("\n")[0])
+
 def hard_problems(policy: Policy, pool: list[Problem], config: Config) -> list[Problem]:
     """fail@k: the problems of the pool that the live model fails k times of k (paper, section 4).
 
     A problem leaves at its first success: after up to 8, 32 or k samples, so the easy ones cost 8 and the set is the same. The
-    state is written after every 32 problems, under a name made of all that the answer depends on (weights, prompt,
-    problems, k and the sampling flags); an interrupted filter goes on, a finished one is read.
+    state is written after every 32 problems, under a name made of all that a verdict depends on: what the model reads
+    (weights, prompts as token ids, so tokenizer and template are in them), how it is sampled, how its answer is read
+    (vocabulary, ends, golds, verifier). So an interrupted filter goes on, a finished one is read, and no other is mistaken for it.
     """
-    weights = [zlib.crc32(p.detach().cpu().contiguous().view(torch.uint8).numpy()) for p in policy.model.parameters()]
-    key = fingerprint(weights, policy.student_text, policy.chat, config.k, config.temperature, config.student_tokens,
-                      config.data_seed, pool)
+    prompts = [policy.student_prompt(problem) for problem in pool]
+    key = fingerprint(
+        weights_key(policy.model.parameters()), prompts, sorted(policy.tokenizer.get_vocab().items()), eos_ids(policy.model),
+        config.k, config.temperature, config.student_tokens, config.data_seed, pool, section_source("Verifier"))
     path, done, hard = Path(config.cache) / f"hard-{key}.json", 0, []
     if path.exists():
         with whole(path, "delete it and the filter starts again"):
-            done, hard = json.loads(path.read_text()).values()
+            done, hard = json.loads(path.read_text(encoding="utf-8")).values()
     limits = [0] + [limit for limit in (8, 32) if limit < config.k] + [config.k]
+    policy.meter.expect(len(pool) - done, "the filter")
     for first in tqdm(range(done, len(pool), 32), desc=f"fail@{config.k} filter", disable=RANK > 0 or None, leave=False):
         alive = range(first, min(first + 32, len(pool)))
         for before, limit in zip(limits, limits[1:]):
@@ -1097,6 +1169,7 @@ def hard_problems(policy: Policy, pool: list[Problem], config: Config) -> list[P
             alive = [i for i, success in zip(alive, solved) if not success]
         hard = hard + alive
         write_json(path, {"done": first + 32, "hard": hard})
+        policy.meter.advance(32)
     return [pool[i] for i in hard]
 
 def split_hard(problems: list[Problem], config: Config) -> tuple[list[Problem], list[Problem]]:
@@ -1197,15 +1270,27 @@ def completion_logprobs(model, rollouts: list[Rollout], temperature: float, rows
     column = torch.arange(T - 1, device=model.device)
     predicts = (start - 1 <= column) & (column < end - 1)  # [B, T - 1]
     hidden, targets = hidden[:, :-1][predicts], ids[:, 1:][predicts]  # [N, D], [N]
-    head = model.get_output_embeddings()
 
     def project(h, y):  # [rows, D], [rows] -> [rows]; softmax in float32
-        return (head(h).float() / temperature).log_softmax(-1).gather(-1, y[:, None])[:, 0]
+        logits = next_token_logits(model, h).float()
+        return (logits / temperature).log_softmax(-1).gather(-1, y[:, None])[:, 0]
 
     logprobs = torch.cat([checkpoint(project, hidden[i:i + rows], targets[i:i + rows], use_reentrant=False)
                           for i in range(0, len(targets), rows)])  # [N]
     row = predicts.nonzero()[:, 0]  # [N]: whose token it is
     return torch.zeros(B, device=model.device).index_add(0, row, logprobs)
+
+def next_token_logits(model, hidden):
+    """Hidden states [N, D] -> logits [N, V], scaled and capped as the model itself does it (Cohere, Granite, Gemma)."""
+    config = model.config.get_text_config()
+    logits = model.get_output_embeddings()(hidden)
+    if getattr(config, "logit_scale", None):
+        logits = logits * config.logit_scale
+    if getattr(config, "logits_scaling", None):
+        logits = logits / config.logits_scaling
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = cap * torch.tanh(logits / cap)
+    return logits
 
 def micro_batches(rollouts: list[Rollout], budget: int):
     """Index lists that fit in `budget` padded tokens each (one rollout always fits), similar lengths together."""
@@ -1312,7 +1397,7 @@ def tiny_base_model(config: Config) -> str:
     if folder.exists():
         return str(folder)
     building = Path(f"{folder}.{os.getpid()}.tmp")  # renamed when complete, so a killed run leaves no half model behind
-    building.mkdir(parents=True)
+    building.mkdir(parents=True, exist_ok=True)  # a process that had this number before may have been killed here
     tokenizer = tiny_tokenizer(building)
     with torch.random.fork_rng():
         torch.manual_seed(int(fingerprint(config.data_seed, "initial weights"), 16) >> 1)
@@ -1321,8 +1406,9 @@ def tiny_base_model(config: Config) -> str:
             num_key_value_heads=4, max_position_embeddings=128, tie_word_embeddings=True, initializer_range=PRETRAIN["init"],
             pad_token_id=VOCABULARY.index("<pad>"), eos_token_id=VOCABULARY.index("<eos>"), bos_token_id=None))
     pretrain(model, tokenizer, make_world(config.data_seed), config.data_seed)
-    model.save_pretrained(building)
-    tokenizer.save_pretrained(building)
+    with writing(folder):
+        model.save_pretrained(building)
+        tokenizer.save_pretrained(building)
     with contextlib.suppress(OSError):  # another run came first, with the same model by construction
         building.rename(folder)
     shutil.rmtree(building, ignore_errors=True)
@@ -1388,8 +1474,9 @@ def propose(policy: Policy, count: int, config: Config, generator) -> tuple[list
     opening = "<question>" if policy.teacher_text.rstrip().endswith("<question>") else ""  # a prompt may open the tag itself
     while len(accepted) < count:
         if tried >= 20 * count + 100:
+            chat = "--chat, " if policy.tokenizer.chat_template and not policy.chat else ""
             raise UserError(f"only {len(accepted)} of {tried} of the teacher's completions could be used, {truncated} were cut "
-                            "off; try --chat, more --teacher-tokens, or a --teacher-prompt with examples; "
+                            f"off; try {chat}more --teacher-tokens, or a --teacher-prompt with examples; "
                             f"the last completion began: {rollouts[-1].text[:120]!r}")
         rollouts = sample(policy, [prompt], count - len(accepted), config.teacher_tokens, config, generator)
         tried, truncated = tried + len(rollouts), truncated + sum(r.truncated for r in rollouts)
@@ -1406,6 +1493,7 @@ class State:
     teacher: list  # phi
     moments: dict  # of the teacher's AdamW
     baseline: list  # theta, the weights that every student starts from
+    inputs: str = ""  # fingerprint of all that the run was given beside its flags: model, prompts, hard set
     step: int = 0
     promotions: int = 0
     best_accuracy: float = -1.0  # of the promoted students, greedy, on the whole hard train set
@@ -1453,7 +1541,9 @@ def grounded_rewards(policy: Policy, datasets: list[list[Problem]], questions: l
         log = train_student(policy, batches, config, key, lambda *_: bar.update())
         policy.meter("weight swaps")
         kept[number] = snapshot(policy.model)
-        return greedy_right(policy, questions, config) - before, log  # [M]
+        gain = greedy_right(policy, questions, config) - before  # [M]
+        policy.meter.advance(RANKS)  # the others have trained one each, too
+        return gain, log
 
     for gain, log in in_turn(policy, len(datasets) * r, student):
         gains, logs = gains + [gain], logs + log
@@ -1477,8 +1567,11 @@ def learnability_rewards(policy: Policy, datasets: list[list[Problem]], state: S
     -> (rewards [K, 1], standard errors over the dataset's problems [K, 1], no champion, figures), as grounded_rewards.
     """
     restore(policy.model, state.baseline)
-    rewards = [solve(policy, dataset, LEARNABILITY_SAMPLES, config, seeded(config.seed, "learnability", state.step, k))[1]
-               for k, dataset in enumerate(datasets)]
+    rewards = []
+    for k, dataset in enumerate(datasets):
+        generator = seeded(config.seed, "learnability", state.step, k)
+        rewards.append(solve(policy, dataset, LEARNABILITY_SAMPLES, config, generator)[1])
+        policy.meter.advance()
     rates = (torch.stack(rewards) == RIGHT).double().view(len(datasets), -1, LEARNABILITY_SAMPLES).mean(-1)  # [K, n]
     values = torch.where(rates > 0, 1 - rates, 0.0)
     errors = values.std(1, correction=0, keepdim=True) / values.shape[1] ** 0.5
@@ -1491,22 +1584,52 @@ def learnability_rewards(policy: Policy, datasets: list[list[Problem]], state: S
 
 RESUMABLE = ("resume", "out", "sample_rows", "micro_tokens", "checkpointing", "threads", "cache", "device")  # may differ then
 
+LOCK = ".lock"
+
+@contextlib.contextmanager
+def claim(folder: Path):
+    """Keeps every other process out of the folder. Raises UserError when there is one in it.
+
+    Two runs that write into one folder would both end well, with files that are a mixture. The system drops the lock
+    when the process ends, however it ends, so a killed run leaves nothing to clean up.
+    """
+    if RANK:  # process 0 writes, so it claims
+        yield
+        return
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / LOCK, "a")
+    with file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+                raise UserError(f"another process is writing into {folder}; wait for it, or choose another folder") from None
+            print(f"(no locks on this file system: nothing else must write into {folder})", flush=True)
+        yield
+
 def check_folder(config: Config) -> None:
     """Raises UserError when --out holds something that this command must not touch or cannot continue."""
     folder = Path(config.out)
-    for name, path in (("--out", folder.parent), ("--cache", Path(config.cache))):
+    for name, path in (("--out", folder), ("--cache", Path(config.cache))):
         try:
             path.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path).close()
         except OSError as error:
-            raise UserError(f"cannot make the folder {path} ({error.strerror}); choose another {name}") from None
-    if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
+            raise UserError(f"cannot write into the folder {path} ({error.strerror}); choose another {name}") from None
+    if all(file.name == LOCK for file in folder.iterdir()):
         return
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} exists and is not a run of soar.py; choose another --out")
     if not config.resume:
         raise UserError(f"{folder} already holds a run; add --resume to continue it, or choose another --out or --seed")
     with whole(folder / "config.json", "choose another --out"):
-        old = json.loads((folder / "config.json").read_text())
+        old = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     other = [f"{flag(name)} {old.get(name)}" for name, value in vars(config).items()
              if name not in RESUMABLE and old.get(name) != value]
     if other:
@@ -1516,7 +1639,7 @@ def save_checkpoint(folder: Path, state: State) -> None:
     """There is always one whole checkpoint; the .jsonl files are written anew from it."""
     for name in ("log", "questions", "promotion_questions"):
         if text := "".join(json.dumps(row) + "\n" for row in getattr(state, name)):
-            write_whole(folder / f"{name}.jsonl", lambda file: file.write_text(text))
+            write_text(folder / f"{name}.jsonl", text)
     write_whole(folder / "checkpoint.pt", lambda file: torch.save(vars(state), file))
 
 def load_checkpoint(folder: Path) -> State | None:
@@ -1530,10 +1653,11 @@ def load_checkpoint(folder: Path) -> State | None:
 def save_model(model, tokenizer, folder: Path) -> None:
     """An ordinary folder for from_pretrained, all or nothing."""
     temporary = folder.with_name(folder.name + ".tmp")
-    for part in (model, tokenizer):
-        part.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with writing(folder):
+        for part in (model, tokenizer):
+            part.save_pretrained(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
 
 
 # ======== 15. Outer loop: how do the parts make Algorithm 1? ==========================================================
@@ -1652,7 +1776,8 @@ def show_step(policy: Policy, state: State, config: Config) -> None:
     row, question = state.log[-1], state.questions[-1]
     line = (f"step {row['step']:3d}  reward {row['reward']:+.3f}  best dataset {max(map(np.mean, row['rewards'])):+.3f}  "
             f"moving average {row['average']:+.3f}  right in training {row['student']['success']:4.0%}  "
-            f"accepted {row['teacher']['acceptance']:4.0%}  {sum(row['cost']['seconds'].values()):.0f} s")
+            f"accepted {row['teacher']['acceptance']:4.0%}  {sum(row['cost']['seconds'].values()):.0f} s, "
+            f"{about(policy.meter.left())} left")
     if promoted := row["promotion"]:
         line += (f"\n          PROMOTION: student {promoted['student']} of dataset {promoted['dataset']} is the new baseline, "
                  f"{promoted['accuracy']:.1%} greedy on the hard train set.\n"
@@ -1683,7 +1808,11 @@ def print_table(title: str, rows: dict[str, dict[str, float]]) -> None:
     for name, row in rows.items():
         print(f"{name:18}" + "".join(f"{value:12.1%}" for value in row.values()))
 
-def report(policy: Policy, hard_test: list[Problem], state: State, config: Config) -> None:
+def hard_set_key(hard_train: list[Problem], hard_test: list[Problem]) -> str:
+    """eval.py compares it, so that students are never tested on another split than that of the run."""
+    return fingerprint(hard_train, hard_test)
+
+def report(policy: Policy, hard_train: list[Problem], hard_test: list[Problem], state: State, config: Config) -> None:
     """The closing tables, also written to report.json."""
     restore(policy.model, policy.base)
     students, topics = {"base model": measure(policy, hard_test, config)}, {}
@@ -1698,7 +1827,8 @@ def report(policy: Policy, hard_test: list[Problem], state: State, config: Confi
             accepted, _ = propose(policy, 400, config, seeded(config.seed, "report topics"))
             topics[name] = topic_shares([problem for _, problem in accepted])
         print_table("The teacher's problems:", topics)
-    write_json(Path(config.out) / "report.json", {"students": students, "topics": topics, "promotions": state.promotions})
+    write_json(Path(config.out) / "report.json", {
+        "students": students, "topics": topics, "promotions": state.promotions, "hard_set": hard_set_key(hard_train, hard_test)})
     print(f"\n{state.promotions} promotion(s), {len(state.promotion_questions)} promotion questions; see {config.out}/"
           + "\nNo student was promoted, so the student is still the base model." * (not state.promotions))
 
@@ -1722,14 +1852,39 @@ def run(config: Config, meter: Meter) -> None:
     check_folder(config)
     gather("checked")  # before process 0 writes into the folder
     folder = Path(config.out)
-    policy, pool = prepare(config, meter)
-    print_plan(pool, policy, config)
-    hard = hard_problems(policy, pool, config)
-    hard_train, hard_test = split_hard(hard, config)
-    print(f"{len(hard)} of {len(pool)} problems are fail@{config.k}: {len(hard_train)} for the reward, "
-          f"{len(hard_test)} held out\n", flush=True)
-    state = load_checkpoint(folder) or State(policy.base, adamw_state(policy.model), policy.base)
-    write_json(folder / "config.json", vars(config))
+    with claim(folder):
+        policy, pool = prepare(config, meter)
+        check_disk(policy, folder)
+        print_plan(pool, policy, config)
+        hard = hard_problems(policy, pool, config)
+        hard_train, hard_test = split_hard(hard, config)
+        print(f"{len(hard)} of {len(pool)} problems are fail@{config.k}: {len(hard_train)} for the reward, "
+              f"{len(hard_test)} held out\n", flush=True)
+        state = first_state(policy, hard_train, hard_test, config)
+        write_json(folder / "config.json", vars(config))
+        outer_loop(policy, hard_train, state, config)
+        restore(policy.model, state.teacher)
+        save_model(policy.model, policy.tokenizer, folder / "teacher")
+        report(policy, hard_train, hard_test, state, config)
+
+def first_state(policy: Policy, hard_train: list[Problem], hard_test: list[Problem], config: Config) -> State:
+    """Where the run begins, or goes on. Raises UserError when it would go on with other inputs than it began with."""
+    inputs = fingerprint(weights_key(policy.base), policy.teacher_prompt(), policy.student_prompt(Problem("", "")),
+                         hard_train, hard_test)
+    state = load_checkpoint(Path(config.out))
+    if state is None:
+        return State(policy.base, adamw_state(policy.model), policy.base, inputs)
+    if state.inputs != inputs:
+        raise UserError(f"the run in {config.out} began with another model, other prompts or other problems than this command "
+                        "gives it: has a file changed? Put it back, or choose another --out")
+    return state
+
+def outer_loop(policy: Policy, hard_train: list[Problem], state: State, config: Config) -> None:
+    """The outer steps that are left, each with its checkpoint and its line on the screen."""
+    meter, folder = policy.meter, Path(config.out)
+    K = config.groups * config.datasets
+    pieces = K * config.repeats if config.reward == "grounded" else K
+    meter.expect((config.steps - state.step) * pieces, "all outer steps")
     while state.step < config.steps:
         meter("other")
         meter.seconds.clear(), meter.tokens.clear()
@@ -1741,9 +1896,19 @@ def run(config: Config, meter: Meter) -> None:
                                              "trained": meter.tokens["trained"] / (training or math.inf)}}
         save_checkpoint(folder, state)
         show_step(policy, state, config)
-    restore(policy.model, state.teacher)
-    save_model(policy.model, policy.tokenizer, folder / "teacher")
-    report(policy, hard_test, state, config)
+
+def check_disk(policy: Policy, folder: Path) -> None:
+    """Raises UserError when the run's files cannot fit: two checkpoints side by side (teacher, baseline, float32 moments) and,
+    with one more while it is written, the two models."""
+    weights = sum(w.numel() for w in policy.base)
+    size = policy.base[0].element_size()  # bytes a weight
+    need = weights * (2 * (2 * size + 8) + 3 * size) / 1e9
+    free = shutil.disk_usage(folder).free / 1e9
+    if need > 1:
+        print(f"The run needs up to {need:.0f} GB of the disk; {free:.0f} GB are free.\n")
+    if need > free:
+        raise UserError(f"the run needs up to {need:.1f} GB in {folder}, and {free:.1f} GB are free; "
+                        "free some space, or choose an --out on another disk")
 
 def peak_memory_gb(device) -> float:
     """Of the GPU, or of this process on a CPU (0 where the system does not tell)."""
@@ -1753,6 +1918,12 @@ def peak_memory_gb(device) -> float:
         import resource
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
     return 0.0
+
+def print_anything() -> None:
+    """A console that lacks a letter (cp1252 on Windows) shows a question mark for it, and the run goes on."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 def quiet_libraries() -> None:
     import transformers  # late: --help and most mistakes need not wait for it
@@ -1788,6 +1959,7 @@ def guarded(program: str, work, meter: Meter, again: list[str]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     argv, meter = sys.argv[1:] if argv is None else argv, Meter()
+    print_anything()
 
     def work():
         config = parse_config(argv)

@@ -811,7 +811,7 @@ def test_filter_goes_on_after_a_stop(policy, tmp_path, monkeypatch):
     assert soar.hard_problems(policy, pool, config) == whole and len(calls) == 2
 
 
-def test_filter_cache_is_keyed_by_what_matters(policy, tmp_path):
+def test_filter_cache_is_keyed_by_what_matters(policy, tmp_path, monkeypatch):
     """The hard set of other weights, another k or another prompt must not be taken for this one's."""
     pool, config = single_products(soar.make_world(0))[:2], small_config(k=1, cache=str(tmp_path))
     cache = lambda: len(list(tmp_path.iterdir()))
@@ -822,12 +822,27 @@ def test_filter_cache_is_keyed_by_what_matters(policy, tmp_path):
         soar.hard_problems(policy, pool, dataclasses.replace(config, **change))
         assert cache() == before + 1
     soar.hard_problems(policy, pool[:1], config)
-    policy.student_text = "User: {problem}  Assistant:"
+    policy.student_text = "Teacher: {problem} Assistant:"
     soar.hard_problems(policy, pool, config)
     with torch.no_grad():
         next(reversed(list(policy.model.parameters())))[-1] += 1e-3  # one single weight
     soar.hard_problems(policy, pool, config)
     assert cache() == 8
+    count, eos = cache(), policy.model.generation_config.eos_token_id
+    policy.model.generation_config.eos_token_id = [*eos, 2]  # other ends, so other answers
+    soar.hard_problems(policy, pool, config)
+    policy.model.generation_config.eos_token_id = eos
+    policy.tokenizer.add_tokens("new")  # another vocabulary reads other words
+    soar.hard_problems(policy, pool, config)
+    monkeypatch.setattr(soar, "section_source", lambda title: "another verifier")
+    soar.hard_problems(policy, pool, config)
+    assert cache() == count + 3
+
+
+def test_section_source():
+    """A change of the verifier must change the name of what was filtered by it; one of another section must not."""
+    text = soar.section_source("Verifier")
+    assert "def answers_equal" in text and "def parses" in text and "def hard_problems" not in text
 
 
 def test_filter_cache_damaged(policy, tmp_path):
@@ -1624,7 +1639,7 @@ def test_bad_models(toy, base, tmp_path, capsys):
     model.save_pretrained(tmp_path / "nan")
     tokenizer.save_pretrained(tmp_path / "nan")
     refused(capsys, [*toy, "--out", str(out), "--model", str(tmp_path / "nan")], "NaN")
-    assert not out.exists()
+    assert nothing_done(out)
 
 
 @pytest.mark.parametrize("dataset", ["math", "harp", "olympiad"])
@@ -1654,7 +1669,7 @@ def test_bad_prompts_and_problems(toy, tmp_path, capsys):
     file.write_text('{"problem": "4*5", "answer": "20"}\nproblem,answer\n')
     refused(capsys, [*argv, "--dataset", str(file)], "file.txt", "line 2")
     refused(capsys, [*argv, "--dataset", str(tmp_path / "no.jsonl")], "no.jsonl")
-    assert not out.exists()
+    assert nothing_done(out)
 
 
 def test_empty_hard_set(toy, tmp_path, monkeypatch, capsys):
@@ -1665,7 +1680,7 @@ def test_empty_hard_set(toy, tmp_path, monkeypatch, capsys):
     refused(capsys, [*toy, "--out", str(out), "--dataset", str(file)], "only 1", "--pool")
     monkeypatch.setattr(soar, "student_reward", lambda *_: RIGHT)
     refused(capsys, [*toy, "--out", str(out), "--cache", str(tmp_path / "cache")], "only 0", "--pool")
-    assert not out.exists()
+    assert nothing_done(out)
 
 
 def no_memory(*_):
@@ -1696,6 +1711,160 @@ def test_nan_in_mid_run(toy, finished, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(soar, "student_reward", lambda *_: -next(rewards))
     refused(capsys, [*toy, "--out", str(out), "--student-lr", "1e39"], "NaN")
     assert not (out / "log.jsonl").exists() and not (out / "checkpoint.pt").exists()
+
+
+def nothing_done(out: Path) -> bool:
+    """The folder is not there, or holds no more than the lock: the same command can be given again."""
+    return not out.exists() or [file.name for file in out.iterdir()] in ([], [soar.LOCK])
+
+
+def test_one_folder_one_run(toy, tmp_path, capsys):
+    """Two runs in one folder both ended well, with files that were a mixture. A killed run must leave no lock behind."""
+    out = tmp_path / "run"
+    argv = [*toy, "--out", str(out), "--steps", "8"]
+    with subprocess.Popen([sys.executable, str(ROOT / "soar.py"), *argv], stdout=subprocess.DEVNULL) as first:
+        wait_for_lines(first, out / "log.jsonl", 1)
+        refused(capsys, [*argv, "--resume"], str(out), "another process")
+        first.kill()
+    rows = len(log_rows(out))
+    with soar.claim(out):
+        pass
+    assert soar.main([*argv, "--resume"]) == 0
+    assert len(log_rows(out)) == 8 > rows
+
+
+def test_one_folder_one_evaluation(finished, tmp_path, capsys):
+    """Two evaluations of one run at once, too, even where their tables go to different folders."""
+    run = copy_of(finished, tmp_path / "run")
+    with soar.claim(run):
+        capsys.readouterr()
+        assert eval_.main([str(run), "--methods", "base", "--out", str(tmp_path / "table")]) == 2
+        assert "another process" in capsys.readouterr().err
+    assert eval_.main([str(run), str(run), "--methods", "base"]) == 0  # its own lock is none
+
+
+def test_two_runs_share_a_cache(tmp_path):
+    """Two processes that pretrain and filter at once wrote into each other's temporary files."""
+    argv = ["--cache", str(tmp_path / "cache"), "--steps", "1", "--pool", "40", "--k", "4", "--n", "2", "--datasets", "2",
+            "--repeats", "1", "--inner-steps", "1", "--batch", "2", "--group", "2", "--eval-samples", "1"]
+    code = ("import sys, soar; soar.PRETRAIN['steps'] = 30; "
+            "sys.exit(soar.main(sys.argv[1:]))")
+    runs = [subprocess.Popen([sys.executable, "-c", code, *argv, "--out", str(tmp_path / name)], cwd=ROOT,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for name in "ab"]
+    assert [(run.communicate()[1], run.returncode) for run in runs] == [("", 0)] * 2
+    assert outcome_of_students(tmp_path / "a") == outcome_of_students(tmp_path / "b")
+    assert not list((tmp_path / "cache").glob("*.tmp"))
+
+
+def outcome_of_students(folder: Path) -> list:
+    return [(row["rewards"], row["student"]) for row in log_rows(folder)]
+
+
+@pytest.mark.parametrize("what", ["problem", "prompt", "model"])
+def test_resume_with_changed_inputs(what, toy, base, finished, tmp_path, capsys):
+    """A file that changed between a run and its --resume went on with another split, prompt or base model, silently."""
+    run, argv = copy_of(finished, tmp_path / "run"), dict(zip(toy[::2], toy[1::2]))
+    before = contents(run)
+    flag = {"problem": "--dataset", "prompt": "--teacher-prompt", "model": "--model"}[what]
+    original, changed = Path(argv[flag]), tmp_path / "changed"
+    if what == "model":
+        model, tokenizer = soar.load_model(base, small_config())
+        with torch.no_grad():
+            model.lm_head.weight[5, 5] += 1e-3
+        model.save_pretrained(changed)
+        tokenizer.save_pretrained(changed)
+    else:
+        text = original.read_text()
+        changed.write_text(text.replace('4*5"', '5*4"', 1) if what == "problem" else "Teacher: Teacher: <question>")
+        assert changed.read_text() != text
+    config = json.loads((run / "config.json").read_text())  # the path is the same, what stands there is not
+    name = flag[2:].replace("-", "_")
+    (run / "config.json").write_text(json.dumps(config | {name: str(changed)}))
+    refused(capsys, [*toy, flag, str(changed), "--steps", "6", "--out", str(run), "--resume"], str(run), "changed")
+    after = contents(run)
+    assert {path: after[path] for path in before if path.name != "config.json"} == {
+        path: data for path, data in before.items() if path.name != "config.json"}
+
+
+def test_eval_with_changed_problems(toy, finished, tmp_path, capsys):
+    """eval.py split the changed file anew: what the students trained on could be among the tests."""
+    run, config = copy_of(finished, tmp_path / "run"), json.loads((finished / "config.json").read_text())
+    changed = tmp_path / "problems.jsonl"
+    lines = Path(config["dataset"]).read_text().splitlines(keepends=True)
+    changed.write_text("".join(lines[:3] + lines[4:]))
+    (run / "config.json").write_text(json.dumps(config | {"dataset": str(changed)}))
+    capsys.readouterr()
+    assert eval_.main([str(run), "--methods", "base"]) == 2
+    assert "no longer those of the run" in capsys.readouterr().err
+
+
+def disk_full(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+def torch_disk_full(*_, **__):
+    raise RuntimeError("[enforce fail at inline_container.cc:668] PytorchStreamWriter failed writing file data/0: file write failed")
+
+
+@pytest.mark.parametrize("owner, name, fail", [
+    (torch, "save", disk_full), (torch, "save", torch_disk_full), (Path, "write_text", disk_full),
+    (transformers.PreTrainedModel, "save_pretrained", torch_disk_full)])
+def test_disk_full_in_mid_run(owner, name, fail, toy, finished, tmp_path, capsys, monkeypatch):
+    """A full disk in the middle of a run: one sentence, nothing lost, and --resume comes to the same numbers."""
+    out, real, calls = tmp_path / "run", getattr(owner, name), itertools.count()
+    late = {"save": 2, "write_text": 9, "save_pretrained": 1}[name]
+    monkeypatch.setattr(owner, name, lambda *a, **k: (real if next(calls) < late else fail)(*a, **k))
+    refused(capsys, [*toy, "--out", str(out)], "cannot write", "--resume")
+    assert not list(out.glob("*.json*.tmp"))
+    monkeypatch.undo()
+    assert soar.main([*toy, "--out", str(out), "--resume"]) == 0
+    assert outcome(out) == outcome(finished)
+
+
+def test_disk_too_small(toy, tmp_path, capsys, monkeypatch):
+    """The checkpoints of a 3B model need 72 GB: a disk that cannot hold them must be known before the filter starts."""
+    free = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    monkeypatch.setattr(soar, "hard_problems", lambda *_: pytest.fail("the filter has started"))
+    refused(capsys, [*toy, "--out", str(tmp_path / "run")], "GB", "free")
+    assert nothing_done(tmp_path / "run")
+
+
+def test_console_without_letters(finished, tmp_path):
+    """A console in ASCII or cp1252 ended a run at the first root sign, and every evaluation at its plus-minus sign."""
+    run = copy_of(finished, tmp_path / "run")
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, str(ROOT / "eval.py"), str(run), "--methods", "base", "--seeds", "2"],
+                          env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "?" in done.stdout, done.stderr
+    assert "±" in (run / "eval.md").read_text(encoding="utf-8")
+
+
+def test_left_over_ranks():
+    """RANK and WORLD_SIZE of some other program made a single process wait for others that never came."""
+    environment = {k: v for k, v in os.environ.items() if k != "TORCHELASTIC_RUN_ID"} | {"RANK": "1", "WORLD_SIZE": "2"}
+    done = subprocess.run([sys.executable, "-c", "import soar; print(soar.RANK, soar.RANKS)"], cwd=ROOT, env=environment,
+                          capture_output=True, text=True)
+    assert done.stdout == "0 1\n"
+
+
+def test_time_left(monkeypatch, capsys):
+    """The rest of the work at the speed so far, not at that of the plan; said once, and only where it is long."""
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    meter = soar.Meter()
+    meter.expect(50, "the filter")
+    assert meter.left() == 0  # nothing known yet
+    now[0] += 60
+    meter.advance(2)
+    assert meter.left() == 60 / 2 * 48 and capsys.readouterr().out == "(the filter: about 24 min at this speed)\n"
+    now[0] += 60
+    meter.advance(48)
+    assert meter.left() == 0 and capsys.readouterr().out == ""
+    meter.expect(2, "something short")
+    now[0] += 10
+    meter.advance()
+    assert capsys.readouterr().out == ""
 
 
 # ======================================================================================================================

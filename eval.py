@@ -237,7 +237,7 @@ def open_run(folder: Path, config: Config, settings: Settings) -> Run:
         known = {soar.same_wording(problem.question) for problem in pool}
         other = soar.load_problems(config.dataset, config.cache)
         pool = [problem for problem in other if soar.same_wording(problem.question) not in known]
-        left_out = f"; {len(other) - len(pool)} problems of its own pool left out"  # MATH's test split and HARP share 122
+        left_out = f"; {len(other) - len(pool)} problems of its own pool left out"  # MATH's test split and HARP share 123
         soar.check_context(policy, pool, config)
     train, test = soar.split_hard(soar.hard_problems(policy, pool, config), config)
     log, report, promoted = (folder / name for name in ("log.jsonl", "report.json", "promotion_questions.jsonl"))

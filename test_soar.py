@@ -2198,11 +2198,11 @@ def test_an_interrupted_student_goes_on(tiny_runs, tmp_path, monkeypatch, capsys
 
 
 def test_transfer_leaves_out_known_problems(finished, tmp_path, capsys):
-    """Problems of the other set that SOAR has trained on must not count as transfer, however they are spaced."""
+    """Problems of the other set that SOAR has trained on must not count as transfer, in whatever dress."""
     run, other = copy_of(finished, tmp_path / "run"), tmp_path / "other.jsonl"
     known = eval_.open_run(run, eval_.read_config(run, eval_.Settings()), eval_.Settings()).train[:3]
     new = [Problem(soar.worksheet([f"{x}*9", f"{x}*8", f"{x}*7"]), "a= 1 ,b= 1 ,c= 1") for x in range(4, 10)]
-    spaced = [Problem(problem.question.replace(" ", "  "), problem.answer) for problem in known]
+    spaced = [Problem("$" + problem.question.replace(" ", "  ").upper() + r"\!$.", problem.answer) for problem in known]
     other.write_text("".join(json.dumps(vars(problem)) + "\n" for problem in spaced + new))
     evaluated([run], tmp_path / "out", "--methods", "base", "--dataset", str(other))
     assert "3 hard train and 3 hard test problems" in (screen := capsys.readouterr().out) and "; 3 problems" in screen

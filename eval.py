@@ -232,12 +232,12 @@ def open_run(folder: Path, config: Config, settings: Settings) -> Run:
     """Load the base model, filter (cached) and split the hard set. Raises UserError."""
     policy, pool = soar.prepare(config, Meter())
     left_out = ""
-    if settings.dataset not in ("", config.dataset):  # transfer: without what SOAR has seen, however that is spaced
+    if settings.dataset not in ("", config.dataset):  # transfer: without what SOAR has seen, in whatever dress
         config = replace(config, dataset=settings.dataset)
-        words = lambda problem: "".join(problem.question.split()).lower()
-        known, other = set(map(words, pool)), soar.load_problems(config.dataset)
-        pool = [problem for problem in other if words(problem) not in known]
-        left_out = f"; {len(other) - len(pool)} problems of its own pool left out"  # MATH's test split and HARP share 122
+        known = {soar.same_wording(problem.question) for problem in pool}
+        other = soar.load_problems(config.dataset, config.cache)
+        pool = [problem for problem in other if soar.same_wording(problem.question) not in known]
+        left_out = f"; {len(other) - len(pool)} problems of its own pool left out"  # MATH's test split and HARP share 123
         soar.check_context(policy, pool, config)
     train, test = soar.split_hard(soar.hard_problems(policy, pool, config), config)
     report = (folder / "report.json").read_text(encoding="utf-8")

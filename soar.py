@@ -40,6 +40,7 @@ import datetime
 import errno
 import hashlib
 import inspect
+import io
 import json
 import logging
 import math
@@ -52,12 +53,14 @@ import sys
 import tempfile
 import textwrap
 import time
+import urllib.request
+import zipfile
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, pairwise
 from operator import add, mul, sub, truediv
 from pathlib import Path
 
@@ -431,10 +434,87 @@ def student_reward(completion: str, gold: str) -> float:
 
 # ======== 3. Problems: where do the real ones come from? ==============================================================
 
+# From a JSONL file, from the Hugging Face hub, or, for HARP, from its authors' repository. Two
+# things would spoil a run in silence. A problem that stands in a set twice can get into both halves
+# of the hard set, so that students are tested on what the teacher was paid for: repetitions are
+# left out. And an answer that no right solution can match is failed 128 times of 128, so that it
+# looks like a hard problem: gold_answer() unwraps what is meant, and load_problems() counts the
+# answers that the verifier still cannot read.
+
 @dataclass(frozen=True)
 class Problem:
     question: str
     answer: str  # LaTeX, without \boxed{} and without $
+
+def gold_answer(text: str) -> str:
+    r"""What an answer field means: the text behind GSM8K's ####, what is in the last box, no $.
+
+    A dollar sign that opens or closes mathematics goes, `\$` for money stays.
+
+    >>> gold_answer("48 + 24 = 72 clips\n#### 1,072"), gold_answer(r"so $x = \boxed{7}$")
+    ('1,072', '7')
+    """
+    text = text.rpartition("####")[2]
+    text = extract_boxed(text) or text
+    return re.sub(r"(?<!\\)\$", "", text).strip()
+
+# -- Repetitions. A question is cut into tokens: commands, numbers, single characters. Tokens that
+# are only layout go, others have one spelling. All that can carry meaning stays: the space between
+# numbers (1 2 is not 12), signs, commas, braces around more than one thing, figures. So problems
+# that differ in more than their dress are never taken for one. The price: a repetition with
+# another word or comma is overlooked.
+
+_LAYOUT = {"\\ ", "\\\n"} | set(r"""
+    $ ~ \, \! \; \: \( \) \[ \] \left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr
+    \quad \qquad \displaystyle \limits
+    """.split())
+_SYNONYMS = {
+    r"\dfrac": r"\frac",
+    r"\tfrac": r"\frac",
+    r"\cfrac": r"\frac",
+    r"\le": r"\leq",
+    r"\ge": r"\geq",
+    r"\ne": r"\neq",
+    r"\ldots": r"\dots",
+    r"\cdots": r"\dots",
+    r"\mathrm": r"\text",
+    r"\textrm": r"\text",
+    r"\textit": r"\text",
+    r"\textbf": r"\text",
+    r"\mbox": r"\text",
+    r"\%": "%",
+}
+_WORDINGS = (  # of tokens with a space between them
+    (r"\\\$ (?=\d)", ""),  # \$5 is also written $5, which has lost its sign by now
+    (r"\. \. \.", r"\\dots"),
+    (r"\\frac (\d)(\d)\b", r"\\frac \1 \2"),  # \frac12 is \frac{1}{2}
+    (r"(?<=[\^_] )\\text (?=\{)", ""),  # ^\text{th} is ^{th}, which keeps its braces
+    (r"\\text \{ ([^{}]*) \}", r"\1"),
+    (r" [\^_] \{ \}", ""),  # A^{}_{} is A
+    (r"(?<!\\)\{ ([\w,]|\\[a-zA-Z]+) \}", r"\1"),  # x^{2} is x^2, but x^{23} stays
+)
+
+def same_wording(question: str) -> str:
+    r"""A text that is the same for questions which differ only in their dress.
+
+    That is: in case, spacing, layout and final punctuation.
+
+    >>> same_wording(r"Add $\dfrac{1}{2} + x_{1}$!") == same_wording(r"add \[ \frac12+x_1 !.\]")
+    True
+    >>> same_wording("What is 1,2?") == same_wording("What is 12?")
+    False
+    """
+    words = []
+    for token in re.findall(r"\\[a-zA-Z]+|\\.|\d+|\S", question, re.DOTALL):
+        token = token if token.startswith("\\") else token.lower()  # \Delta is not \delta
+        if token not in _LAYOUT:
+            words.append(_SYNONYMS.get(token, token))
+    text = " ".join(words)
+    for pattern, new in _WORDINGS:
+        text = re.sub(pattern, new, text)
+    return text.rstrip(" .,:;?")
+
+# -- A file.
 
 def read_text(path: str, what: str) -> str:
     """The text of a file that the user has named. Raises UserError."""
@@ -443,48 +523,193 @@ def read_text(path: str, what: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} ({error}); {what}") from None
 
+def unique_fields(pairs: list[tuple]) -> dict:
+    """A JSON object. Raises ValueError where json.loads would take the last of two fields."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError("it has two fields with the same name")
+    return row
+
+def read_problem(line: str) -> Problem:
+    """The problem in a line of a JSONL file. Raises ValueError (it says why) or RecursionError."""
+    row = json.loads(line, object_pairs_hook=unique_fields)
+    if not isinstance(row, dict):
+        raise ValueError("it is no JSON object")
+    question = row.get("problem", row.get("question"))
+    answer = row.get("answer")
+    if type(answer) in (int, float):  # not a bool
+        if not -math.inf < answer < math.inf:  # json.loads reads NaN, Infinity and 1e999
+            raise ValueError(f"its answer is {answer}")
+        answer = str(answer)
+    if not isinstance(question, str) or not isinstance(answer, str):
+        raise ValueError("its problem or its answer is missing, or is no text")
+    (question + answer).encode()  # fails on "\ud800", half a character that nothing can save
+    problem = Problem(question.strip(), gold_answer(answer))
+    if not problem.question or not problem.answer:
+        raise ValueError("its problem or its answer is empty")
+    return problem
+
 def read_jsonl(path: str) -> list[Problem]:
-    """One JSON object a line, fields `problem` (or `question`) and `answer`. Raises UserError that names the bad line."""
-    problems, text = [], read_text(path, "--dataset takes tiny, math, harp, olympiad or a JSONL file in UTF-8")
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would cut at U+2028 inside a string
+    """One JSON object a line, with the fields `problem` (or `question`) and `answer`.
+
+    Raises UserError that names the bad line.
+    """
+    problems = []
+    text = read_text(path, "--dataset takes tiny, math, harp, olympiad or a JSONL file in UTF-8")
+    # splitlines() would also cut at U+2028 inside a string.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            question, answer = row.get("problem", row.get("question")), row["answer"]
-            problems.append(Problem(question.strip(), (str(answer) if type(answer) in (int, float) else answer).strip()))
-        except (ValueError, KeyError, AttributeError):
-            raise UserError(f"{path}, line {number}: needs a JSON object with the fields problem (or question) and answer, "
-                            "both of them text") from None
-        if not problems[-1].question or not problems[-1].answer:
-            raise UserError(f"{path}, line {number}: its problem or its answer is empty")
+            problems.append(read_problem(line))
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{path}, line {number}: {error}; a line must be a JSON object with the fields "
+                "problem (or question) and answer, both of them text"
+            ) from None
     if not problems:
         raise UserError(f"{path} holds no problems")
     return problems
 
+# -- The hub, and HARP.
+
 HUB = {  # name: (arguments of load_dataset, how a row becomes question and answer)
     # MATH's TEST split: models have memorised part of the train split (paper, section 4).
-    "math": ({"path": "DigitalLearningGmbH/MATH-lighteval", "split": "test"},
-             lambda row: (row["problem"], extract_boxed(row["solution"]))),
-    "harp": ({"path": "json", "data_files": "https://github.com/aadityasingh/HARP/raw/main/HARP.jsonl.zip", "split": "train"},
-             lambda row: (row["problem"], row["answer"])),
-    "olympiad": ({"path": "Hothan/OlympiadBench", "name": "OE_TO_maths_en_COMP", "split": "train"},
-                 lambda row: (row["question"], row["final_answer"][0])),
+    "math": (
+        {"path": "DigitalLearningGmbH/MATH-lighteval", "split": "test"},
+        lambda row: (row["problem"], extract_boxed(row["solution"])),
+    ),
+    "harp": (
+        {},  # it is not at the hub: harp_rows()
+        lambda row: (row["problem"], row["answer"]),
+    ),
+    "olympiad": (
+        {"path": "Hothan/OlympiadBench", "name": "OE_TO_maths_en_COMP", "split": "train"},
+        lambda row: (row["question"], ", ".join(row["final_answer"])),
+    ),
 }
+HARP_URL = "https://github.com/aadityasingh/HARP/raw/main/HARP.jsonl.zip"
 
-def load_problems(dataset: str) -> list[Problem]:
-    """The pool of a real data set. Raises UserError when the file is bad or the hub cannot be reached."""
-    if dataset not in HUB:
-        return read_jsonl(dataset)
-    source, pair = HUB[dataset]
+def unzip_rows(archive: bytes, name: str, advice: str) -> list[dict]:
+    """The rows of the one JSONL file in a zip archive. Raises UserError on a damaged one."""
     try:
-        from datasets import load_dataset  # only here: a run on a file needs no hub library
-        pairs = [pair(row) for row in load_dataset(**source)]
+        with zipfile.ZipFile(io.BytesIO(archive)) as files:
+            names = [file for file in files.namelist() if file.endswith(".jsonl")]
+            names = [file for file in names if not file.startswith("__MACOSX")]  # a Mac's shadows
+            if len(names) != 1:
+                raise ValueError(f"it holds {len(names)} JSONL files")
+            text = files.read(names[0]).decode("utf-8")  # read() compares the checksum
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except Exception as error:  # zipfile and zlib raise several kinds
+        raise UserError(f"{name} is damaged or not complete ({error}); {advice}") from None
+
+def harp_rows(cache: str) -> list[dict]:
+    """The rows of HARP, downloaded once into the cache folder.
+
+    Raises UserError on a damaged file, or whatever urllib raises.
+    """
+    path = Path(cache) / "HARP.jsonl.zip"
+    if path.exists():
+        return unzip_rows(path.read_bytes(), str(path), "delete it, and it is downloaded again")
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise UserError(
+            f"cannot load harp: HF_HUB_OFFLINE forbids the network, and {path} does not exist; "
+            "load it once where there is a network, with the same --cache"
+        )
+    with urllib.request.urlopen(HARP_URL, timeout=60) as reply:
+        archive = reply.read()
+    rows = unzip_rows(archive, f"the download of {HARP_URL}", f"try again, or save it as {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Written under a name of its own, so that no run ever reads a part of it.
+    part = path.with_name(f"{path.name}.{os.getpid()}-{time.time_ns()}")
+    part.write_bytes(archive)
+    os.replace(part, path)
+    return rows
+
+_ADVICE = (  # a pattern in an error's "Type: message", and what helps
+    (r"^(ModuleNotFound|Import)Error", "install that package: pip install -r requirements.txt"),
+    (r"No space|not enough space|Not enough disk|quota", "free space, or move HF_HOME, --cache"),
+    (r"^PermissionError|Read-only file", "HF_HOME, --cache must be folders that you can write to"),
+    (r"gated|[Ee]rror '?40[13]|40[13] Client", "accept its terms at the hub, run: hf auth login"),
+    (r"doesn't exist|[Ee]rror '?404|404 Client", "it is no longer where it was"),
+    (r"[Ee]rror '?(429|5\d\d)|(429|5\d\d) (Client|Server)", "the server is busy: try again later"),
+    (r"^\w*(Connect|Timeout|URL|SSL|Offline|LocalEntry|IncompleteRead)", "check the network"),
+)
+
+def advice_for(error: BaseException) -> str:
+    """What helps against an error of this kind; "" where the kind is not known."""
+    text = f"{type(error).__name__}: {error}"
+    return next((advice for pattern, advice in _ADVICE if re.search(pattern, text)), "")
+
+def loading_failed(dataset: str, error: BaseException) -> UserError:
+    """One sentence with the reason and with what helps.
+
+    The libraries wrap errors into others that say less. So the reason is the first error, from the
+    outermost to its causes, whose kind is known.
+    """
+    reason = error
+    while reason is not None and not advice_for(reason):
+        reason = reason.__cause__ or reason.__context__
+    reason = reason or error
+    first_line = str(reason).strip().split("\n")[0]
+    advice = [advice_for(reason), "give a local file with --dataset FILE.jsonl"]
+    return UserError(
+        f"cannot load {dataset} ({type(reason).__name__}: {first_line}); "
+        + ", or ".join(filter(None, advice))
+    )
+
+def hub_problems(dataset: str, cache: str) -> list[Problem]:
+    """The problems of one of the sets in HUB, repetitions included. Raises UserError."""
+    arguments, pair = HUB[dataset]
+    try:
+        if dataset == "harp":
+            rows = harp_rows(cache)
+        else:
+            from datasets import load_dataset  # only here: a run on a file needs no hub library
+            rows = list(load_dataset(**arguments))
+    except UserError:
+        raise
     except Exception as error:  # the hub's libraries raise dozens of kinds
-        raise UserError(f"cannot load {dataset} from the hub ({type(error).__name__}); "
-                        "check the network, or give a local file with --dataset FILE.jsonl") from None
-    # Dollar signs that open and close mathematics go, `\\$` for money stays.
-    return [Problem(question, re.sub(r"(?<!\\)\$", "", answer)) for question, answer in pairs if answer]
+        raise loading_failed(dataset, error) from None
+    problems = []
+    try:
+        for question, answer in map(pair, rows):
+            problem = Problem(question.strip(), gold_answer(answer or ""))
+            if problem.question and problem.answer:
+                problems.append(problem)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{dataset} has other rows than expected ({type(error).__name__}: {error}); it may "
+            "have changed at its source, so give a local file with --dataset FILE.jsonl"
+        ) from None
+    if len(problems) < len(rows):
+        print(f"{dataset}: {len(rows) - len(problems):,} rows have no answer and are left out")
+    return problems
+
+def load_problems(dataset: str, cache: str = Config.cache) -> list[Problem]:
+    """The pool of a real data set, each problem once; prints a line about it. Raises UserError.
+
+    Of repetitions the first one stays, whatever the answers of the others are.
+    """
+    found = hub_problems(dataset, cache) if dataset in HUB else read_jsonl(dataset)
+    pool, contradictions = {}, 0
+    for problem in found:
+        first = pool.setdefault(same_wording(problem.question), problem)
+        contradictions += not answers_equal(problem.answer, first.answer)
+    line = f"{dataset}: {len(pool):,} problems"
+    if len(pool) < len(found):
+        line += f"; {len(found) - len(pool):,} repetition(s) left out"
+    if contradictions:
+        line += f", {contradictions:,} of them with another answer: the first one counts"
+    words = [problem.answer for problem in pool.values() if not parses(problem.answer)]
+    if words:
+        longest = " ".join(max(words, key=len).split())
+        line += (
+            f"; {len(words):,} answer(s) cannot be read as mathematics and match only the same "
+            f"text: what is longer than a word is hard for ever, such as {longest[:60]!r}"
+        )
+    print(line, flush=True)
+    return list(pool.values())
 
 
 # ======== 4. The tiny world: what is the smallest world in which all this happens? ====================================
@@ -1450,17 +1675,31 @@ def train_student(policy: Policy, batches: list[list[Problem]], config: Config, 
 # ======== 12. Teacher: how does a problem get accepted, and why is throwing the others away no bias? ==================
 
 def parse_problem(text: str) -> Problem | None:
-    """The problem in a teacher's completion, or None unless (paper, section 3) question and answer tags open and close, the
-    answer has a box, and the verifier can read what is in it.
+    """The problem in a teacher's completion, or None where there is none that can be used.
 
-    >>> parse_problem(r"Sure! <question>What is 2+3?</question><answer>\\boxed{5}</answer>")
-    Problem(question='What is 2+3?', answer='5')
+    It can be used (paper, section 3) if question and answer tags open and close, the answer has a
+    box, and the verifier can read what is in it.
+
+    Of several, it is the first question that is directly followed by its own answer. To be exact:
+    the opening tags <question> and <answer> cut the text into parts. The first <question> part that
+    closes, and right behind which an <answer> part closes, holds the problem; each text ends at the
+    first closing tag of its own. If that one cannot be used, the completion cannot. This takes
+    linear time. (A regular expression would pair a question with another one's answer, and would
+    take minutes for a thousand repeated tags.)
+
+    >>> two = r"<question>1?</question> <question>2+3?</question> <answer>\\boxed{5}</answer>"
+    >>> parse_problem(two)
+    Problem(question='2+3?', answer='5')
     """
-    found = re.search(r"<question>(.*?)</question>.*?<answer>(.*?)</answer>", text, re.DOTALL)
-    if not found or not found[1].strip():
-        return None
-    boxed = extract_boxed(found[2])
-    return Problem(found[1].strip(), boxed.strip()) if boxed is not None and parses(boxed) else None
+    parts = re.split(r"(?=<question>|<answer>)", text)
+    for part, following in pairwise(parts):
+        question = re.match(r"<question>(.*?)</question>", part, re.DOTALL)
+        answer = re.match(r"<answer>(.*?)</answer>", following, re.DOTALL)
+        if question and answer:
+            boxed = extract_boxed(answer[1])
+            useful = question[1].strip() and boxed is not None and parses(boxed)
+            return Problem(question[1].strip(), boxed.strip()) if useful else None
+    return None
 
 def propose(policy: Policy, count: int, config: Config, generator) -> tuple[list[tuple[Rollout, Problem]], dict]:
     """Sample the live model as the teacher until `count` problems are accepted -> (accepted, figures). UserError if hopeless.
@@ -1839,7 +2078,7 @@ def prepare(config: Config, meter: Meter) -> tuple[Policy, list[Problem]]:
     if config.dataset == "tiny":
         pool = hard_worksheets(make_world(config.data_seed), config.pool, config.data_seed)
     else:
-        pool = load_problems(config.dataset)
+        pool = load_problems(config.dataset, config.cache)
         if 0 < config.pool < len(pool):
             pool = random.Random(f"pool {config.data_seed}").sample(pool, config.pool)
     policy = load_policy(tiny_base_model(config) if config.model == "tiny" else config.model, config, meter)

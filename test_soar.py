@@ -2,12 +2,17 @@
 
 They need no network and no GPU, and write to pytest's temporary folder only. The tiny world's base model is trained
 once for all tests. The last test needs a real pretrained model: it is skipped unless the environment variable
-SOAR_REAL_MODEL names the folder of one.
+SOAR_REAL_MODEL names the folder of one. Some tests want real problems: they are skipped unless SOAR_REAL_DATA names a
+folder with math_test.jsonl, harp.jsonl and olympiadbench.jsonl (fields problem and answer).
 """
 import argparse
 import copy
 import dataclasses
 import doctest
+import errno
+import gzip
+import http.server
+import io
 import itertools
 import json
 import math
@@ -21,7 +26,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import urllib.error
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -39,6 +47,7 @@ from soar import (RIGHT, Config, Problem, Rollout, UserError, answers_equal, ext
                   student_reward)
 
 ROOT = Path(__file__).resolve().parent
+REAL_DATA = Path(os.environ.get("SOAR_REAL_DATA", "SOAR_REAL_DATA is not set"))
 torch.set_num_threads(1)  # for models this small a second thread only waits
 transformers.logging.disable_progress_bar()
 
@@ -110,6 +119,14 @@ def same(first, second) -> bool:
 
 def contents(folder: Path) -> dict:
     return {path: path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+
+
+def real_rows(name: str) -> list[dict]:
+    """The rows of a real data set; skips the test where there is none."""
+    path = REAL_DATA / f"{name}.jsonl"
+    if not path.is_file():
+        pytest.skip(f"SOAR_REAL_DATA names no folder with {path.name}")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def refused(capsys, argv, *words):
@@ -390,10 +407,7 @@ def test_parses():
 def real_answers(count=600):
     answers = set()
     for name in ("math_test", "harp", "olympiadbench"):
-        path = Path(__file__).resolve().parent.parent / "shared" / "data" / f"{name}.jsonl"
-        if not path.exists():
-            pytest.skip(f"no {path.name}")
-        answers |= {json.loads(line)["answer"] for line in path.open(encoding="utf-8")}
+        answers |= {row["answer"] for row in real_rows(name)}
     return random.Random(0).sample(sorted(answers), count)
 
 
@@ -454,19 +468,41 @@ def test_read_jsonl(tmp_path):
     assert soar.read_jsonl(str(file)) == [Problem("1+1?", "2"), Problem("2+2\u2028?", "4")]
 
 
+@pytest.mark.parametrize("content", [
+    b'\xef\xbb\xbf{"problem": "q", "answer": "1"}', b'{"problem": "q", "answer": "1"}\r\n\r\n',
+    b'{"problem": "q", "answer": 1, "level": null, "score": NaN, "parts": [{"a": 1}, {"a": 2}]}\n',
+    b'{"problem": "q", "answer": "1", "note": "' + b"n" * 10 ** 6 + b'"}\n'], ids=["bom", "crlf", "other fields", "long"])
+def test_read_jsonl_takes_what_is_clear(content, tmp_path):
+    """A byte order mark, Windows line ends, fields that nobody asked for: no reason to refuse a file."""
+    file = tmp_path / "p.jsonl"
+    file.write_bytes(content)
+    assert soar.read_jsonl(str(file)) == [Problem("q", "1")]
+
+
 @pytest.mark.parametrize("line", [
-    b"{'problem': 'q'}", b"[1]", b"17", b'{"problem": "q"}', b'{"answer": "1"}', b'{"problem": "q", "answer": "  "}',
-    b'{"problem": "", "answer": "1"}', b'{"problem": 5, "answer": "1"}', b'{"problem": "q", "answer": null}'])
+    b"{'problem': 'q'}", b"[1]", b"17", b'"text"', b'{"problem": "q"}', b'{"answer": "1"}', b'{"problem": "q", "answer": "  "}',
+    b'{"problem": "", "answer": "1"}', b'{"problem": 5, "answer": "1"}', b'{"problem": "q", "answer": null}',
+    b'{"problem": "\\ud800", "answer": "1"}', b'{"problem": "q", "answer": "\\udfff"}',
+    b'{"problem": "q", "answer": NaN}', b'{"problem": "q", "answer": -Infinity}', b'{"problem": "q", "answer": 1e999}',
+    b'{"problem": "q", "answer": true}', b'{"problem": "q", "answer": {"value": 1}}', b'{"problem": "q", "answer": ["1"]}',
+    b'{"problem": ["q"], "answer": "1"}', b'{"problem": "q", "answer": "1", "answer": "2"}',
+    b'{"problem": "q", "answer": "$$"}', b'{"problem": "q", "answer": "no idea\\n#### "}',
+    b'{"problem": "q", "answer": ' + b"9" * 5000 + b"}", b"[" * 10 ** 5, b'{"x": ' * 10 ** 5,
+    b'{"problem": "q\x00", "answer": "1"}', b"\x00" * 4096, b"problem,answer", b'{"problem": "q", "answer": "1"},',
+    b'[{"problem": "q", "answer": "1"}, {"problem": "r", "answer": "2"}]', b'{"problem": "q", "ans'])
 def test_read_jsonl_names_the_bad_line(line, tmp_path):
-    """A mistake in line 3 of 5000 must be found by its number, not turned into a problem."""
+    """A mistake in line 3 of 5000 must be found by its number, not turned into a problem or a traceback."""
     file = tmp_path / "p.jsonl"
     file.write_bytes(b'{"problem": "q", "answer": "1"}\n\n' + line + b'\n{"problem": "q", "answer": "1"}\n')
-    with pytest.raises(UserError, match="line 3"):
+    with pytest.raises(UserError, match="line 3") as refusal:
         soar.read_jsonl(str(file))
+    assert len(str(refusal.value)) < 400 + len(str(tmp_path)) and "\n" not in str(refusal.value)
+    str(refusal.value).encode()
 
 
-@pytest.mark.parametrize("content", [None, b'{"problem": "caf\xe9", "answer": "1"}\n', b"\n"],
-                         ids=["missing", "latin-1", "empty"])
+@pytest.mark.parametrize("content", [
+    None, b'{"problem": "caf\xe9", "answer": "1"}\n', b"\n", b"", '{"problem": "q", "answer": "1"}'.encode("utf-16"),
+    gzip.compress(b'{"problem": "q", "answer": "1"}\n')], ids=["missing", "latin-1", "blank", "empty", "utf-16", "gzip"])
 def test_read_jsonl_unreadable_file(content, tmp_path):
     """A file that is missing, not UTF-8 or without a problem must end in a sentence that names it."""
     file = tmp_path / "p.jsonl"
@@ -474,6 +510,265 @@ def test_read_jsonl_unreadable_file(content, tmp_path):
         file.write_bytes(content)
     with pytest.raises(UserError, match="p.jsonl"):
         soar.read_jsonl(str(file))
+    with pytest.raises(UserError, match=re.escape(tmp_path.name)):
+        soar.read_jsonl(str(tmp_path))  # a folder
+
+
+@pytest.mark.parametrize("field, meant", [
+    ("18", "18"), ("She has 9 * 2 = <<9*2=18>>18.\n#### 18", "18"), ("#### 2,125", "2,125"), ("#### -3", "-3"),
+    (r"\boxed{7}", "7"), (r"so $x=\boxed{\frac{1}{2}}$.", r"\frac{1}{2}"), (r"\boxed{3}, no, \boxed{4}", "4"),
+    ("$7$", "7"), ("$$7$$", "7"), ("$69$,$84$", "69,84"), (r"$\$5$", r"\$5"), (" Odd ", "Odd"), ("1,2", "1,2")])
+def test_gold_answer(field, meant, tmp_path):
+    """An answer in its wrapping is one that no right solution matches: its problem looks hard for ever."""
+    assert soar.gold_answer(field) == meant
+    file = tmp_path / "p.jsonl"
+    file.write_text(json.dumps({"question": "q", "answer": field}), "utf-8")
+    assert soar.read_jsonl(str(file)) == [Problem("q", meant)]
+
+
+@pytest.mark.parametrize("first, second", [
+    ("What is $1+1$?", "what  is 1 + 1"), (r"\frac{1}{2}", r"\dfrac12"), (r"\tfrac{a}{b}", r"\frac ab"),
+    (r"$x^{2}$.", "$x^2.$"), (r"\left(1, 2\right)", "(1,2)"), (r"1\!:\!00 PM", "1:00 PM"), (r"30\%", "30%"),
+    (r"$a \le b$", r"$a\leq{b}$"), (r"$1,2,\ldots,9$", "1, 2, ..., 9"), (r"\[x=1\]", r"\(x = 1\)"), (r"3\text{ cm}", "3 cm"),
+    (r"the $n^\text{th}$ of", r"the $n^{\text{th}}$ of"), (r"$\sin x$ and", r"$\sin{x}$and"), (r"$\pi$ is", r"\pi is "),
+    (r"costs $\$5$", "costs $5"), ("Is it\n  so?", "Is it so ?"), (r"1{,}000", "1,000"), ("$C^{}_{}$", "C")])
+def test_same_wording(first, second):
+    """A repetition in another dress, which would be in both halves of the hard set."""
+    assert soar.same_wording(first) == soar.same_wording(second)
+
+
+@pytest.mark.parametrize("first, second", [
+    ("What is $5-3$?", "What is $5+3$?"), ("What is $-3$?", "What is $3$?"), ("1,2", "12"), ("1 2", "12"), ("1.5", "15"),
+    ("1.5", "1,5"), ("What is 5!", "What is 5?"), ("x_1", "x1"), ("x_1", "x^1"), ("f'(2)", "f(2)"), ("f''(2)", "f'(2)"),
+    ("x^{23}", "x^{2}3"), ("x^{23}", "x^23"), (r"\frac{1}{23}", r"\frac{12}{3}"), (r"\frac{1}{23}", r"\frac{1}{2}3"),
+    (r"\sqrt{ab}", r"\sqrt{a}b"), ("(1,2)", "[1,2]"), (r"\{1\}", "1"), ("|x|", "x"), ("x<1", "x>1"), (r"a\leq b", "a<b"),
+    (r"\Delta", r"\delta"), (r"\sin x", r"\cos x"), (r"\alpha", "alpha"), (r"a \in t", r"a\int"), ("1, 2, 3, ...", "1, 2, 3"),
+    ("50%", "50"), (r"\overline{AB}", "AB"), (r"\mathbf{v}", "v"), ("[asy]draw((0,0)--(1,2));[/asy]", "[asy]draw((0,0)--(1,3));[/asy]"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&2&3&4\end{pmatrix}"), (r"90^\circ", "90"), ("2:1", "21")])
+def test_what_carries_meaning_is_no_dress(first, second):
+    """Two problems that differ in a sign or a digit are taken for one, and the second is thrown away."""
+    assert soar.same_wording(first) != soar.same_wording(second)
+
+
+def test_load_problems_drops_repetitions(tmp_path, capsys):
+    """The same problem in both halves of the hard set; a contradiction or an answer in words passed over in silence."""
+    rows = [("What is $\\frac12+x$?", "1"), ("What is 1-1?", "0"), ("what is \\dfrac{1}{2} + x", "1.0"), ("What is 1+1?", "2"),
+            ("What is  1+1", "3"), ("Odd or even?", r"\text{odd}"), ("Who?", "Jenna will win, whoever goes first")]
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(json.dumps({"problem": q, "answer": a}) + "\n" for q, a in rows), "utf-8")
+    problems = soar.load_problems(str(file))
+    assert problems == [Problem(*rows[i]) for i in (0, 1, 3, 5, 6)]
+    line = capsys.readouterr().out
+    assert line.count("\n") == 1 and "5 problems" in line and "2 repetition" in line and "1 of them" in line
+    assert "2 answer" in line and "Jenna will win" in line
+    assert len(soar.read_jsonl(str(file))) == 7, "promotion questions may repeat"
+    file.write_text('{"problem": "q", "answer": "1"}', "utf-8")
+    soar.load_problems(str(file))
+    line = capsys.readouterr().out
+    assert "1 problems" in line and "repetition" not in line and "words" not in line
+
+
+def test_real_repetitions():
+    """A key that is too strict (HARP repeats itself, and repeats MATH) or too loose (OlympiadBench has long twins)."""
+    keys = {name: [soar.same_wording(row["problem"]) for row in real_rows(name)]
+            for name in ("math_test", "harp", "olympiadbench")}
+    repeated = {name: len(texts) - len(set(texts)) for name, texts in keys.items()}
+    assert repeated["math_test"] == 1 and 24 <= repeated["harp"] <= 40 and repeated["olympiadbench"] == 0
+    assert 122 <= len(set(keys["math_test"]) & set(keys["harp"])) <= 160
+
+
+# -- The hub: what load_dataset leaves in its cache, and HARP's zip archive behind an HTTP server.
+
+HUB_ROWS = {  # name: (its file of real problems, rows at the hub, repository, config, split, a problem as a row there)
+    "math": ("math_test", 5000, "DigitalLearningGmbH___math-lighteval", "default", "test", lambda question, answer: {
+        "problem": question, "level": "Level 5", "solution": rf"So $x = \boxed{{{answer}}}$.", "type": "Algebra"}),
+    "harp": ("harp", 4780, "", "", "", lambda question, answer: {
+        "year": 1950, "contest": "AHSME", "number": 1, "level": 2, "subject": "algebra", "problem": question,
+        "answer": f"${answer}$", "solution_1": "..."}),
+    "olympiad": ("olympiadbench", 674, "Hothan___olympiad_bench", "OE_TO_maths_en_COMP", "train", lambda question, answer: {
+        "id": 1606, "question": question, "final_answer": [f"${answer}$"], "is_multiple_answer": False, "unit": None,
+        "error": None})}
+MADE_UP = [Problem("What is $1+1$?", "2"), Problem("Solve $x^2 = 4$.", "-2,2"), Problem("What is 1 + 1?", "2")]
+
+
+def hub_cache(root: Path, repository: str, config: str, split: str, rows: list[dict]) -> None:
+    """One split as datasets 4.0 to 5.2 keep it: what an offline load_dataset finds."""
+    import pyarrow
+    name = repository.split("___")[1]
+    folder = root / repository / config / "0.0.0" / ("0" * 40)
+    folder.mkdir(parents=True)
+    table = pyarrow.Table.from_pylist(rows)
+    with pyarrow.OSFile(str(folder / f"{name}-{split}.arrow"), "wb") as file:
+        with pyarrow.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    info = {"builder_name": "parquet", "dataset_name": name, "config_name": config, "version": {"version_str": "0.0.0"},
+            "splits": {split: {"name": split, "num_bytes": 1, "num_examples": len(rows), "dataset_name": name}}}
+    (folder / "dataset_info.json").write_text(json.dumps(info), "utf-8")
+
+
+def harp_zip(rows: list[dict]) -> bytes:
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as files:
+        files.writestr("HARP.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        files.writestr("__MACOSX/._HARP.jsonl", b"\x00\x05\x16\x07")
+    return archive.getvalue()
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """On this machine, at `url`: answers each request with `status`, `body` and a claim about its length."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Server.Handler)
+        self.status, self.body, self.length, self.requests = 200, b"", None, 0
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/HARP.jsonl.zip"
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.server.requests += 1
+            self.send_response(self.server.status)
+            self.send_header("Content-Length", str(self.server.length or len(self.server.body)))
+            self.end_headers()
+            self.wfile.write(self.server.body)
+
+        def log_message(self, *_):
+            pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """HARP's server; the network is allowed."""
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(soar, "HARP_URL", server.url)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.delenv("HF_HUB_OFFLINE")
+        server.body = harp_zip([HUB_ROWS["harp"][-1](*vars(problem).values()) for problem in MADE_UP])
+        yield server
+        server.shutdown()
+
+
+@pytest.mark.parametrize("real", [False, True], ids=["made up", "real"])
+@pytest.mark.parametrize("dataset", HUB_ROWS)
+def test_sets_of_the_hub(dataset, real, server, tmp_path, monkeypatch, capsys):
+    """Another split or column than the hub's, lost rows, answers in their wrapping."""
+    name, count, repository, config, split, row = HUB_ROWS[dataset]
+    expected = [Problem(row["problem"].strip(), row["answer"]) for row in real_rows(name)] if real else MADE_UP
+    rows = [row(problem.question, problem.answer) for problem in expected]
+    if dataset == "harp":
+        server.body = harp_zip(rows)
+    else:
+        datasets = pytest.importorskip("datasets")
+        hub_cache(tmp_path / "hub", repository, config, split, rows)
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hub"))
+    found = soar.hub_problems(dataset, str(tmp_path / "cache"))
+    assert len(found) == (count if real else 3)
+    assert [problem.question for problem in found] == [problem.question for problem in expected]
+    for problem, other in zip(found, expected, strict=True):
+        assert answers_equal(problem.answer, other.answer) or "$" in other.answer  # four of HARP's are whole sentences
+    assert not any(re.search(r"(?<!\\)\$", problem.answer) for problem in found)
+    pool = soar.load_problems(dataset, str(tmp_path / "cache"))
+    assert len({soar.same_wording(problem.question) for problem in pool}) == len(pool) <= count
+    assert pool == MADE_UP[:2] or real
+    assert f"{len(pool):,} problems" in capsys.readouterr().out
+
+
+def test_rows_without_an_answer_are_counted(server, tmp_path, capsys):
+    """Problems that vanish without a word."""
+    server.body = harp_zip([{"problem": "q", "answer": "$1$"}, {"problem": "r", "answer": None}, {"problem": "s", "answer": "$$"}])
+    assert soar.hub_problems("harp", str(tmp_path)) == [Problem("q", "1")]
+    assert "2 rows have no answer" in capsys.readouterr().out
+
+
+def test_harp_is_downloaded_once(server, tmp_path, monkeypatch):
+    """A download at every start, or none at all behind HF_HUB_OFFLINE although the file is there."""
+    pool = soar.load_problems("harp", str(tmp_path / "cache"))
+    assert server.requests == 1 and [path.name for path in (tmp_path / "cache").iterdir()] == ["HARP.jsonl.zip"]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert soar.load_problems("harp", str(tmp_path / "cache")) == pool and server.requests == 1
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
+        soar.load_problems("harp", str(tmp_path / "empty"))
+    assert server.requests == 1
+
+
+def test_harp_is_stored_whole(server, tmp_path, monkeypatch):
+    """A run that dies while it writes the file leaves a part of it, which every later run then finds."""
+    def killed(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        soar.load_problems("harp", str(tmp_path))
+    monkeypatch.undo()
+    assert not (tmp_path / "HARP.jsonl.zip").exists()
+
+
+def test_damaged_downloads(server, tmp_path):
+    """Half a file, a flipped bit, a login page: stored as HARP, or a traceback."""
+    whole = server.body
+    flipped = bytearray(whole)
+    flipped[60] ^= 1
+    two = io.BytesIO()
+    with zipfile.ZipFile(two, "w") as files:
+        files.writestr("a.jsonl", "{}")
+        files.writestr("b.jsonl", "{}")
+    for body in (whole[:-30], bytes(flipped), b"<html>Please log in</html>", two.getvalue(), b""):
+        server.body = body
+        with pytest.raises(UserError, match="damaged.*try again") as refusal:
+            soar.load_problems("harp", str(tmp_path))
+        assert "\n" not in str(refusal.value) and not list(tmp_path.iterdir())
+    server.body, server.length = whole[:-30], len(whole)  # the connection breaks off
+    with pytest.raises(UserError, match="IncompleteRead.*network"):
+        soar.load_problems("harp", str(tmp_path))
+    server.status, server.length = 404, None
+    with pytest.raises(UserError, match="404: .*no longer") as refusal:
+        soar.load_problems("harp", str(tmp_path))
+    assert not list(tmp_path.iterdir()) and "network" not in str(refusal.value)
+    (tmp_path / "HARP.jsonl.zip").write_bytes(whole[:-30])
+    with pytest.raises(UserError, match="HARP.jsonl.zip is damaged.*delete it"):
+        soar.load_problems("harp", str(tmp_path))
+
+
+def wrapped(error: Exception, message: str) -> Exception:
+    """As the hub's libraries do it: the error is the cause of another one that says less."""
+    outer = RuntimeError(message)
+    outer.__cause__ = error
+    return outer
+
+
+@pytest.mark.parametrize("error, reason, advice", [
+    (ModuleNotFoundError("No module named 'aiohttp'"), "aiohttp", "pip install"),
+    (wrapped(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "An error occurred\nwhile generating"), "Errno 28", "free space"),
+    (OSError("Not enough disk space. Needed: 3 GB"), "Needed: 3 GB", "free space"),
+    (PermissionError(errno.EACCES, "Permission denied", "/cache"), "Permission denied", "HF_HOME"),
+    (FileNotFoundError("Dataset 'a/b' is a gated dataset on the Hub."), "a/b", "hf auth login"),
+    (urllib.error.HTTPError("http://x", 401, "Unauthorized", None, None), "401", "hf auth login"),
+    (FileNotFoundError("Dataset 'a/b' doesn't exist on the Hub or cannot be accessed."), "a/b", "no longer"),
+    (urllib.error.HTTPError("http://x", 503, "Service Unavailable", None, None), "503", "later"),
+    (ConnectionError("Couldn't reach 'a/b' on the Hub"), "Couldn't reach", "network"),
+    (urllib.error.URLError(OSError(-2, "Name or service not known")), "Name or service", "network"),
+    (TimeoutError("timed out"), "timed out", "network"),
+    (ValueError("a new kind of trouble"), "new kind of trouble", "local file")])
+def test_loading_names_the_reason(error, reason, advice, tmp_path, monkeypatch):
+    """"Check the network", said to a person whose disk is full."""
+    datasets = pytest.importorskip("datasets")
+
+    def load_dataset(**_):
+        raise error
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError, match="cannot load math") as refusal:
+        soar.load_problems("math", str(tmp_path))
+    text = str(refusal.value)
+    assert reason in text and advice in text and "local file" in text and "\n" not in text
+    assert ("network" in text) == (advice == "network")
+
+
+def test_changed_columns(tmp_path, monkeypatch):
+    """A set with other columns than expected is no matter of the network."""
+    datasets = pytest.importorskip("datasets")
+    for rows in ([{"question": "q", "answer": "1"}], [{"problem": None, "solution": r"\boxed{1}"}]):
+        monkeypatch.setattr(datasets, "load_dataset", lambda **_: rows)
+        with pytest.raises(UserError, match="other rows than expected") as refusal:
+            soar.load_problems("math", str(tmp_path))
+        assert "network" not in str(refusal.value)
 
 
 # ======================================================================================================================
@@ -1198,10 +1493,58 @@ def test_student_goes_on_where_it_stopped(policy):
     (r"<question>1?</question><answer>\boxed{1</answer>", None),
     (r"<question>  </question><answer>\boxed{1}</answer>", None),
     (r"<question>1?</question><answer>\boxed{ }</answer>", None),
-    (r"<question>1?</question><answer>\boxed{}</answer>", None)])
+    (r"<question>1?</question><answer>\boxed{}</answer>", None),
+    (r"<question>1?</question><question>2?</question><answer>\boxed{2}</answer>", ("2?", "2")),
+    (r"<question>1? <question>2?</question><answer>\boxed{2}</answer>", ("2?", "2")),
+    (r"<question>1?</question><answer>\boxed{1}<question>2?</question><answer>\boxed{2}</answer>", ("2?", "2")),
+    (r"<question>1?</question> so <question>2? <answer>\boxed{2}</answer>", None),
+    (r"<question>1?</question><answer> <answer>\boxed{1}</answer>", None),
+    (r"<question>1?</question><answer>1</answer><question>2?</question><answer>\boxed{2}</answer>", None)])
 def test_parse_problem(text, expected):
     """A problem without a question, or with a key that no student can meet, wastes a place in the dataset."""
     assert soar.parse_problem(text) == (expected and Problem(*expected))
+
+
+def first_pair(text: str) -> Problem | None:
+    """parse_problem by its definition: every question is tried with every answer behind it."""
+    def opens_between(start: int, end: int) -> bool:
+        return "<question>" in text[start:end] or "<answer>" in text[start:end]
+
+    starts = [m.end() for m in re.finditer("<question>", text)]
+    answers = [m.end() for m in re.finditer("<answer>", text)]
+    for start, answer in itertools.product(starts, answers):
+        closed, end = text.find("</question>", start), text.find("</answer>", answer)
+        opening = answer - len("<answer>")
+        if closed < 0 or end < 0 or not closed < opening or opens_between(start, opening) or opens_between(answer, end):
+            continue
+        box = extract_boxed(text[answer:end])
+        useful = text[start:closed].strip() and box is not None and parses(box)
+        return Problem(text[start:closed].strip(), box) if useful else None
+    return None
+
+
+def test_parse_problem_against_its_definition():
+    """Another question's answer, in some order of tags that nobody thought of."""
+    rng, outcomes = random.Random(0), Counter()
+    pieces = ["<question>", "</question>", "<answer>", "</answer>", r"\boxed{1}", r"\boxed{2}", "3+4?", " "]
+    pieces += ["<question>5?</question>", r"<answer>\boxed{6}</answer>"]
+    for _ in range(20000):
+        text = "".join(rng.choices(pieces, k=rng.randint(2, 14)))
+        found = soar.parse_problem(text)
+        assert found == first_pair(text), text
+        outcomes[found is not None] += 1
+    assert outcomes[True] > 1000 and outcomes[False] > 1000
+
+
+@pytest.mark.parametrize("piece", [
+    "<question>", "</question>", "<answer>", "</answer>", "<question>1?</question>", "<question></answer>",
+    "<question>1?</question><answer>", r"<answer>\boxed{1}</answer>", r"</question>\boxed{", "<question>1?</question></answer>"])
+def test_parse_problem_takes_linear_time(piece):
+    """2,048 repeated tags took a minute, which a teacher's first samples can cost many times over."""
+    start = time.perf_counter()
+    assert soar.parse_problem(piece * 2048) is None
+    assert soar.parse_problem("<question>1?</question>" + piece * 8192) is None or "<answer>" in piece
+    assert time.perf_counter() - start < 1
 
 
 def test_propose_resamples_until_full(policy):
@@ -1646,7 +1989,7 @@ def test_bad_models(toy, base, tmp_path, capsys):
 def test_no_network(dataset, toy, tmp_path, capsys):
     """The hub's libraries raise dozens of kinds of error, many lines long."""
     pytest.importorskip("datasets")
-    refused(capsys, [*toy, "--out", str(tmp_path / "run"), "--dataset", dataset], dataset, "network")
+    refused(capsys, [*toy, "--out", str(tmp_path / "run"), "--cache", str(tmp_path), "--dataset", dataset], dataset, "network")
     assert not (tmp_path / "run").exists()
 
 
@@ -2047,11 +2390,11 @@ def test_an_interrupted_student_goes_on(tiny_runs, tmp_path, monkeypatch, capsys
 
 
 def test_transfer_leaves_out_known_problems(finished, tmp_path, capsys):
-    """Problems of the other set that SOAR has trained on must not count as transfer, however they are spaced."""
+    """Problems of the other set that SOAR has trained on must not count as transfer, in whatever dress."""
     run, other = copy_of(finished, tmp_path / "run"), tmp_path / "other.jsonl"
     known = eval_.open_run(run, eval_.read_config(run, eval_.Settings()), eval_.Settings()).train[:3]
     new = [Problem(soar.worksheet([f"{x}*9", f"{x}*8", f"{x}*7"]), "a= 1 ,b= 1 ,c= 1") for x in range(4, 10)]
-    spaced = [Problem(problem.question.replace(" ", "  "), problem.answer) for problem in known]
+    spaced = [Problem("$" + problem.question.replace(" ", "  ").upper() + r"\!$.", problem.answer) for problem in known]
     other.write_text("".join(json.dumps(vars(problem)) + "\n" for problem in spaced + new))
     evaluated([run], tmp_path / "out", "--methods", "base", "--dataset", str(other))
     assert "3 hard train and 3 hard test problems" in (screen := capsys.readouterr().out) and "; 3 problems" in screen
@@ -2222,13 +2565,10 @@ Answer:"""
 
 def test_real_model(tmp_path):
     """The whole path on real problems with a real model: its tokenizer, its EOS that is also its pad, its size."""
-    model, data = os.environ.get("SOAR_REAL_MODEL", ""), ROOT.parent / "shared/data/math_test.jsonl"
+    model = os.environ.get("SOAR_REAL_MODEL", "")
     if not model or not Path(model).is_dir():
         pytest.skip("SOAR_REAL_MODEL does not name the folder of a pretrained model")
-    if not data.is_file():
-        pytest.skip(f"{data} is missing")
-    rows = map(json.loads, data.read_text(encoding="utf-8").splitlines())
-    rows = [row for row in rows if len(row["problem"]) < 100][:4]
+    rows = [row for row in real_rows("math_test") if len(row["problem"]) < 100][:4]
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "teacher.txt").write_text(TEACHER_PROMPT)
     (tmp_path / "student.txt").write_text(STUDENT_PROMPT)

@@ -934,6 +934,8 @@ def chat_ids(tokenizer, user: str, assistant: str | None = None) -> list[int]:
     except Exception as error:  # templates are programs, and fail in their own ways
         raise UserError(f"--chat cannot be used: the model's chat template is missing or fails ({first_line(error)}); "
                         "leave --chat out") from None
+    if user.strip() not in text:
+        raise UserError("--chat cannot be used: the model's chat template leaves out what the user says; leave --chat out")
     return tokenizer(text, add_special_tokens=False).input_ids  # the template has written BOS already
 
 def first_line(error: Exception) -> str:
@@ -948,6 +950,8 @@ def load_model(path: str, config: Config, trained: bool = True) -> tuple:
     speaks of, or the network or the device is missing.
     """
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+    if Path(path, "adapter_config.json").exists():
+        raise UserError(f"{path} holds an adapter (LoRA), which soar.py does not apply; merge it into its model first")
     kind = AutoModelForCausalLM if trained else AutoModel
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     try:
@@ -981,7 +985,8 @@ def end_ids(model, tokenizer, chat: bool) -> list[int]:
     if chat:
         begun, whole = chat_ids(tokenizer, "Hello"), chat_ids(tokenizer, "Hello", "world")
         behind = whole[len(begun) + len(tokenizer("world", add_special_tokens=False).input_ids):]
-        ends.update(set(behind[:1]) & set(tokenizer.all_special_ids))
+        marks = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}  # a line break ends no turn
+        ends.update(marks.intersection(behind[:1]))
     rows = model.get_input_embeddings().weight.shape[0]
     ends = sorted(i for i in ends if 0 <= i < rows)
     if not ends:

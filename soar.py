@@ -832,11 +832,6 @@ three steps. Then solve it yourself. Give the result in exactly this form, with 
 """
 TINY_TEACHER_PROMPT, TINY_STUDENT_PROMPT = "Teacher:", "User: {problem} Assistant:"
 
-# Which process is this, of how many? torchrun says so, and marks that it does: RANK alone may be left over from elsewhere.
-TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
-RANK = int(os.environ["RANK"]) if TORCHRUN else 0
-RANKS = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
-
 def about(seconds: float) -> str:
     """A duration as a person says it.
 
@@ -893,7 +888,7 @@ class Policy:
     chat: bool
     base: list[torch.Tensor]  # the weights that the run starts from, in host memory
     meter: Meter
-    alone: bool = RANKS == 1  # whether what runs now is one process's own job, in which it must not wait for the others
+    workers: list = field(default_factory=list)  # channels to the other processes (section 16)
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a prompt. Raises UserError where the model has no vector for one of them."""
@@ -1079,58 +1074,6 @@ def own_logprobs(model, rollout: Rollout, temperature: float):
     logits = model(input_ids=ids, use_cache=False).logits[0, len(rollout.prompt) - 1:-1].float()  # [length, V]
     return (logits / temperature).log_softmax(-1).gather(-1, ids[0, len(rollout.prompt):, None])[:, 0]
 
-# -- Many GPUs. `torchrun --nproc_per_node=N -- soar.py ...` starts N processes, one a GPU, which all run the same program.
-# Students, samples and the teacher's gradient are shared out; the rest each computes for itself; process 0 writes and prints.
-
-def join_processes(config: Config) -> None:
-    if RANKS > 1 and not dist.is_initialized():
-        cuda = torch.cuda.is_available() and config.device != "cpu"
-        if cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(days=1))  # students can take long
-    if RANK:
-        sys.stdout = open(os.devnull, "w")
-
-def gather(value) -> list:
-    """The value of every process, in all of them."""
-    values = [value] * RANKS
-    if RANKS > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-def broadcast(policy: Policy, weights: list | None, source: int) -> list:
-    """The weights that process `source` has, in all of them."""
-    if RANKS == 1:
-        return weights
-    restore(policy.model, weights or policy.base)
-    for p in policy.model.parameters():
-        dist.broadcast(p.data, source)
-    return snapshot(policy.model)
-
-def sum_gradients(model) -> None:
-    """Of all processes, in all of them."""
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        dist.all_reduce(p.grad)
-
-def in_turn(policy: Policy, jobs: int, work):
-    """work(0), ..., work(jobs - 1), each computed by one process and given to all. Within work() nothing is shared again.
-
-    A result must depend on its number alone, and not on the work before it: then N processes come to the same as one.
-    """
-    if policy.alone:
-        yield from map(work, range(jobs))
-        return
-    for first in range(0, jobs, RANKS):
-        policy.alone = True
-        mine = [work(first + RANK)] if first + RANK < jobs else []
-        policy.alone = False
-        yield from sum(gather(mine), [])
-
-def by_process_0(function):
-    """For what writes files."""
-    return (lambda *args: None) if RANK else function
-
 
 # ======== 6. Sampler: how are completions drawn, fast, and from exactly the policy that is trained? ===================
 
@@ -1273,14 +1216,13 @@ def sample(policy: Policy, prompts: list[list[int]], n: int, max_new_tokens: int
     """n rollouts of each prompt -> list of them, prompt by prompt; no generator: greedy. At most --sample-rows side by side."""
     B, eos = len(prompts) * n, eos_ids(policy.model)
     uniforms = None if generator is None else torch.rand(B, max_new_tokens, generator=generator)
-    side_by_side = config.sample_rows if policy.alone else min(config.sample_rows, math.ceil(B / RANKS))
+    side_by_side = config.sample_rows
     # A part is some prompts with all n rows of each or, where n alone is too wide, one prompt with some of its rows.
     step, width = max(1, side_by_side // n), min(n, side_by_side)
     parts = [(prompts[i:i + step], i * n + j, min(n - j, width))  # (prompts, first of all their rows, rows of each)
              for i in range(0, len(prompts), step) for j in range(0, n, width)]
 
-    def draw(number: int) -> list[Rollout]:
-        chunk, first, width = parts[number]
+    def draw(chunk: list[list[int]], first: int, width: int) -> list[Rollout]:
         u = None if uniforms is None else uniforms[first:first + len(chunk) * width].to(policy.model.device)
         tokens, lengths, logprobs = generate(policy.model, chunk, width, max_new_tokens,
                                              config.temperature, u)
@@ -1293,7 +1235,9 @@ def sample(policy: Policy, prompts: list[list[int]], n: int, max_new_tokens: int
         return [Rollout(chunk[i // width], rows[i], texts[i], not ended[i], sums[i]) for i in range(len(rows))]
 
     policy.meter("sampling")
-    rollouts = [rollout for part in in_turn(policy, len(parts), draw) for rollout in part]
+    rollouts = []
+    for part in parts:
+        rollouts += draw(*part)
     policy.meter.tokens["sampled"] += sum(len(rollout.completion) for rollout in rollouts)
     policy.meter("other")
     return rollouts
@@ -1334,7 +1278,6 @@ def writing(path: Path):
         raise UserError(f"cannot write {path} ({first_line(error)}); free some space or mend the folder, then give the same "
                         "command with --resume: all complete steps are saved") from None
 
-@by_process_0
 def write_whole(path: Path, write) -> None:
     """write(path), all or nothing: a run that is killed while writing leaves the old file. Raises UserError.
 
@@ -1373,7 +1316,7 @@ def section_source(title: str) -> str:
     return next(text for text in sections if title in text.split("\n")[0])
 
 def hard_problems(policy: Policy, pool: list[Problem], config: Config) -> list[Problem]:
-    """fail@k: the problems of the pool that the live model fails k times of k (paper, section 4).
+    """fail@k: the problems of the pool that the base model fails k times of k (paper, section 4).
 
     A problem leaves at its first success: after up to 8, 32 or k samples, so the easy ones cost 8 and the set is the same. The
     state is written after every 32 problems, under a name made of all that a verdict depends on: what the model reads
@@ -1382,25 +1325,33 @@ def hard_problems(policy: Policy, pool: list[Problem], config: Config) -> list[P
     """
     prompts = [policy.student_prompt(problem) for problem in pool]
     key = fingerprint(
-        weights_key(policy.model.parameters()), prompts, sorted(policy.tokenizer.get_vocab().items()), eos_ids(policy.model),
+        weights_key(policy.base), prompts, sorted(policy.tokenizer.get_vocab().items()), eos_ids(policy.model),
         config.k, config.temperature, config.student_tokens, config.data_seed, pool, section_source("Verifier"))
     path, done, hard = Path(config.cache) / f"hard-{key}.json", 0, []
     if path.exists():
         with whole(path, "delete it and the filter starts again"):
             done, hard = json.loads(path.read_text(encoding="utf-8")).values()
-    limits = [0] + [limit for limit in (8, 32) if limit < config.k] + [config.k]
-    policy.meter.expect(len(pool) - done, "the filter")
-    for first in tqdm(range(done, len(pool), 32), desc=f"fail@{config.k} filter", disable=RANK > 0 or None, leave=False):
-        alive = range(first, min(first + 32, len(pool)))
-        for before, limit in zip(limits, limits[1:]):
-            generator = seeded(config.data_seed, "filter", first, limit)
-            rewards = solve(policy, [pool[i] for i in alive], limit - before, config, generator)[1]
-            solved = (rewards.view(len(alive), -1) == RIGHT).any(1).tolist()
-            alive = [i for i, success in zip(alive, solved) if not success]
-        hard = hard + alive
+    starts = range(done, len(pool), 32)
+    policy.meter.expect(len(starts), "the filter")
+    parts = share(policy, filter_part, (config,), [(pool[first:first + 32], first) for first in starts])
+    bar = tqdm(zip(starts, parts), total=len(starts), desc=f"fail@{config.k} filter", disable=None, leave=False)
+    for first, unsolved in bar:
+        hard += [first + i for i in unsolved]
         write_json(path, {"done": first + 32, "hard": hard})
-        policy.meter.advance(32)
+        policy.meter.advance()
     return [pool[i] for i in hard]
+
+def filter_part(policy: Policy, config: Config, problems: list[Problem], first: int) -> list[int]:
+    """Which of up to 32 problems, the first of them the pool's number `first`, does the base model fail k times of k?"""
+    restore(policy.model, policy.base)
+    alive = range(len(problems))
+    limits = [limit for limit in (8, 32) if limit < config.k] + [config.k]
+    for before, limit in pairwise([0, *limits]):
+        generator = seeded(config.data_seed, "filter", first, limit)
+        rewards = solve(policy, [problems[i] for i in alive], limit - before, config, generator)[1]
+        solved = (rewards.view(len(alive), -1) == RIGHT).any(1).tolist()
+        alive = [i for i, success in zip(alive, solved) if not success]
+    return list(alive)
 
 def split_hard(problems: list[Problem], config: Config) -> tuple[list[Problem], list[Problem]]:
     """50/50 at random into train (the teacher's reward) and test (the final table). Raises UserError when too few."""
@@ -1554,9 +1505,7 @@ def policy_update(policy: Policy, rollouts: list[Rollout], advantages, state: di
         return {"grad_norm": 0.0, "kl": 0.0}
     rollouts, advantages = [rollouts[i] for i in active], advantages[active]
     policy.model.train(config.checkpointing)  # checkpointing works in train mode only; there is no dropout to turn on
-    for number, part in enumerate(micro_batches(rollouts, config.micro_tokens)):
-        if not policy.alone and number % RANKS != RANK:
-            continue  # another process has it
+    for part in micro_batches(rollouts, config.micro_tokens):
         policy.meter("log-probs")
         batch = [rollouts[i] for i in part]
         logprobs = completion_logprobs(policy.model, batch, config.temperature)  # [b]
@@ -1570,9 +1519,6 @@ def policy_update(policy: Policy, rollouts: list[Rollout], advantages, state: di
         policy.meter.tokens["trained"] += sum(len(r.completion) for r in batch)
     policy.meter("optimizer")
     policy.model.eval()
-    if not policy.alone:
-        kls = sum(gather(kls), [])
-        sum_gradients(policy.model)
     norm = adamw_step(policy.model, state, lr, config, generator)
     policy.meter("other")
     return {"grad_norm": norm, "kl": float(np.mean(kls or [0.0]))}
@@ -1767,41 +1713,49 @@ def grounded_rewards(policy: Policy, datasets: list[list[Problem]], questions: l
     """Algorithm 1, step 2: train r students a dataset and measure what they gained on the M hard `questions`.
 
     -> (rewards R_kj [K, r], their standard errors over the questions [K, r], (k, j, weights) of the best dataset's median
-    student, figures). The questions and the baseline's accuracy on them are the same for all students of the step, so that
-    the differences between rewards are the datasets' doing. Only r + 1 students are held in memory at a time.
+    student, figures). The questions, the baseline and its accuracy are the same for all students of the step, so that rewards
+    differ by the datasets and by the students' luck, which is averaged over r. At most r + 1 students are held in memory.
     """
     restore(policy.model, state.baseline)
     before = greedy_right(policy, questions, config)  # [M], measured once
-    r, steps = config.repeats, config.inner_steps + config.inner_extra * state.promotions
-    gains, logs, kept, best, champion = [], [], {}, -math.inf, None  # kept: weights by student number k * r + j
-    bar = tqdm(total=len(datasets) * r * steps // RANKS, desc=f"step {state.step}: students", leave=False,
-               disable=RANK > 0 or None)
-
-    def student(number: int):
-        key = (config.seed, "student", state.step, number // r, number % r)
-        policy.meter("weight swaps")
-        restore(policy.model, state.baseline)
-        batches = epochs(datasets[number // r], steps, config.batch, seeded(*key, "order"))
-        log = train_student(policy, batches, config, key, lambda *_: bar.update())
-        policy.meter("weight swaps")
-        kept[number] = snapshot(policy.model)
-        gain = greedy_right(policy, questions, config) - before  # [M]
-        policy.meter.advance(RANKS)  # the others have trained one each, too
-        return gain, log
-
-    for gain, log in in_turn(policy, len(datasets) * r, student):
-        gains, logs = gains + [gain], logs + log
-        if len(gains) % r == 0:  # a dataset is complete
-            rewards, first = [gain.mean().item() for gain in gains[-r:]], len(gains) - r
+    steps, r = config.inner_steps + config.inner_extra * state.promotions, config.repeats
+    jobs = []
+    for k, dataset in enumerate(datasets):
+        for j in range(r):
+            jobs.append((dataset, (config.seed, "student", state.step, k, j)))
+    students = share(policy, try_dataset, (state.baseline, questions, steps, config), jobs)
+    bar = tqdm(students, total=len(jobs), desc=f"step {state.step}: students", leave=False, disable=None)
+    gains, logs, weights, best, champion = [], [], [], -math.inf, None
+    for right, student, log in bar:
+        gains.append(right - before)  # [M]
+        weights.append(student)
+        logs += log
+        policy.meter.advance()
+        if len(weights) == r:  # a dataset is complete
+            k = len(gains) // r - 1
+            rewards = [gain.mean().item() for gain in gains[-r:]]
             if sum(rewards) > best:
-                best, champion = sum(rewards), first + median_student(rewards)
-            kept = {number: weights for number, weights in kept.items() if number >= len(gains) or number == champion}
-    bar.close()
-    weights = broadcast(policy, kept.get(champion), champion % RANKS)  # from the process that has trained it
+                j = median_student(rewards)
+                best, champion = sum(rewards), (k, j, weights[j])
+            weights = []
     gains = torch.stack(gains).view(len(datasets), r, -1)  # [K, r, M]
     errors = gains.std(-1, correction=0) / gains.shape[-1] ** 0.5
     figures = {name: float(np.mean([log[name] for log in logs])) for name in logs[0]}
-    return gains.mean(-1), errors, (*divmod(champion, r), weights), figures | {"accuracy_before": before.mean().item()}
+    return gains.mean(-1), errors, champion, figures | {"accuracy_before": before.mean().item()}
+
+def try_dataset(policy: Policy, baseline: list, questions: list[Problem], steps: int, config: Config,
+                dataset: list[Problem], key: tuple):
+    """One student: from the baseline, some steps on the dataset -> (which questions it has right [M], its weights, its log).
+
+    A function of its arguments alone, so any process can do it.
+    """
+    policy.meter("weight swaps")
+    restore(policy.model, baseline)
+    batches = epochs(dataset, steps, config.batch, seeded(*key, "order"))
+    log = train_student(policy, batches, config, key)
+    policy.meter("weight swaps")
+    weights = snapshot(policy.model)
+    return greedy_right(policy, questions, config), weights, log
 
 LEARNABILITY_SAMPLES = 32  # completions a problem (paper, section 5)
 
@@ -1810,16 +1764,21 @@ def learnability_rewards(policy: Policy, datasets: list[list[Problem]], state: S
 
     -> (rewards [K, 1], standard errors over the dataset's problems [K, 1], no champion, figures), as grounded_rewards.
     """
-    restore(policy.model, state.baseline)
-    rewards = []
-    for k, dataset in enumerate(datasets):
-        generator = seeded(config.seed, "learnability", state.step, k)
-        rewards.append(solve(policy, dataset, LEARNABILITY_SAMPLES, config, generator)[1])
+    jobs = [(dataset, (config.seed, "learnability", state.step, k)) for k, dataset in enumerate(datasets)]
+    rates = []
+    for rate in share(policy, success_rates, (state.baseline, config), jobs):
+        rates.append(rate)
         policy.meter.advance()
-    rates = (torch.stack(rewards) == RIGHT).double().view(len(datasets), -1, LEARNABILITY_SAMPLES).mean(-1)  # [K, n]
+    rates = torch.stack(rates)  # [K, n]
     values = torch.where(rates > 0, 1 - rates, 0.0)
     errors = values.std(1, correction=0, keepdim=True) / values.shape[1] ** 0.5
     return values.mean(1, keepdim=True), errors, None, {"success": rates.mean().item()}
+
+def success_rates(policy: Policy, baseline: list, config: Config, dataset: list[Problem], key: tuple):
+    """[n] float64: the share of the baseline student's answers to each problem that are right."""
+    restore(policy.model, baseline)
+    rewards = solve(policy, dataset, LEARNABILITY_SAMPLES, config, seeded(*key))[1]
+    return (rewards == RIGHT).double().view(len(dataset), LEARNABILITY_SAMPLES).mean(-1)
 
 
 # ======== 14. The run folder: how does a run survive being killed? ====================================================
@@ -1837,9 +1796,6 @@ def claim(folder: Path):
     Two runs that write into one folder would both end well, with files that are a mixture. The system drops the lock
     when the process ends, however it ends, so a killed run leaves nothing to clean up.
     """
-    if RANK:  # process 0 writes, so it claims
-        yield
-        return
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / LOCK, "a")
@@ -1893,7 +1849,6 @@ def load_checkpoint(folder: Path) -> State | None:
         with whole(path, "put a copy back, or start again with another --out"):
             return State(**torch.load(path, weights_only=True))
 
-@by_process_0
 def save_model(model, tokenizer, folder: Path) -> None:
     """An ordinary folder for from_pretrained, all or nothing."""
     temporary = folder.with_name(folder.name + ".tmp")

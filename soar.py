@@ -44,14 +44,17 @@ import io
 import json
 import logging
 import math
+import multiprocessing
 import os
 import random
 import re
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 import urllib.request
 import zipfile
@@ -88,7 +91,8 @@ class Config:
     out: str = ""  # the run folder; empty: runs/DATASET-SEED
     cache: str = "runs/cache"  # where the tiny world's base model and the filtered hard sets are kept
     resume: bool = False  # continue the run in --out (give the same flags again)
-    threads: int = 0  # torch's CPU threads; 0: as torch chooses (two threads on a busy core can be slower than one)
+    processes: int = 0  # share the students among so many; 0: on CPUs as many as there are cores, on GPUs one
+    threads: int = 1  # torch's CPU threads in each process (two on a busy core can be slower than one); 0: as torch chooses
     device: str = "auto"  # auto: cuda if there is one, else cpu
     # --- The hard set
     k: int = 128  # keep the problems that the base model fails k times of k (paper: 128)
@@ -139,7 +143,7 @@ PRESETS = {
             "teacher_tokens": 256, "teacher_warmup": 3, "pool": 1000, "checkpointing": True},
     "tiny": {"model": "tiny", "pool": 256, "temperature": 0.7, "steps": 12, "teacher_tokens": 40, "student_tokens": 24, "n": 32,
              "repeats": 2, "inner_steps": 20, "inner_extra": 0, "batch": 16, "group": 16, "student_lr": 7e-4,
-             "teacher_lr": 5e-4, "teacher_warmup": 0, "sample_rows": 1024, "micro_tokens": 1024, "threads": 1},
+             "teacher_lr": 5e-4, "teacher_warmup": 0, "sample_rows": 1024, "micro_tokens": 1024},
     "smoke": {"steps": 1, "n": 2, "datasets": 2, "repeats": 1, "inner_steps": 1, "batch": 2, "group": 4, "student_tokens": 48,
               "teacher_tokens": 96, "k": 2, "pool": 16, "reward_questions": 4, "eval_samples": 2, "sample_rows": 16,
               "micro_tokens": 2048},
@@ -888,6 +892,7 @@ class Policy:
     chat: bool
     base: list[torch.Tensor]  # the weights that the run starts from, in host memory
     meter: Meter
+    source: tuple = ()  # what it was loaded with: (folder or hub id, Config)
     workers: list = field(default_factory=list)  # channels to the other processes (section 16)
 
     def encode(self, text: str) -> list[int]:
@@ -1022,7 +1027,7 @@ def load_policy(path: str, config: Config, meter: Meter) -> Policy:
     policy = Policy(
         model, copy.deepcopy(model) if config.kl else None, tokenizer,
         read_prompt(config.teacher_prompt, builtin[0]), read_prompt(config.student_prompt, builtin[1], "{problem}"),
-        config.chat, snapshot(model), meter)
+        config.chat, snapshot(model), meter, (path, config))
     self_check(policy, config)
     return policy
 
@@ -1785,7 +1790,7 @@ def success_rates(policy: Policy, baseline: list, config: Config, dataset: list[
 # The state is written after each outer step, and holds all that the next one needs. A run that is killed in between repeats
 # the step from the last checkpoint and, all randomness being a function of (seed, step), writes the same files again.
 
-RESUMABLE = ("resume", "out", "sample_rows", "micro_tokens", "checkpointing", "threads", "cache", "device")  # may differ then
+RESUMABLE = ("resume", "out", "sample_rows", "micro_tokens", "checkpointing", "threads", "processes", "cache", "device")  # may differ then
 
 LOCK = ".lock"
 
@@ -1918,7 +1923,143 @@ def outer_step(policy: Policy, hard_train: list[Problem], state: State, config: 
     return state.log[-1]
 
 
-# ======== 16. Main: what does a person see? ===========================================================================
+# ======== 16. Many processes: how are all cores, or all GPUs, put to work? ============================================
+
+# Process 0 runs the program. The others have a model of their own and wait for jobs: students, parts of the filter,
+# students of eval.py, which are long and do not need each other. What is short process 0 does alone: so there is one
+# teacher, one baseline and one log. A job is a function of its arguments, never of the jobs before it; so any number of
+# processes comes to the same numbers, to the last bit where the hardware computes the same twice.
+
+TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # RANK alone may be left over from another program
+RANK = int(os.environ["RANK"]) if TORCHRUN else 0
+
+def share(policy: Policy, task, common: tuple, jobs: list[tuple]):
+    """Yields task(policy, *common, *job) for each job, in their order; job i is done by process i mod N.
+
+    Raises what a task raises, and UserError where another process has died.
+    """
+    N = 1 + len(policy.workers)
+    for rank, worker in enumerate(policy.workers, start=1):
+        worker.send((policy.source, task, common, jobs[rank::N]))
+    for number, job in enumerate(jobs):
+        rank = number % N
+        if rank == 0:
+            yield task(policy, *common, *job)
+        else:
+            yield received(policy.workers[rank - 1])
+
+def received(worker):
+    """The next result of another process. Raises UserError, and what the job raised there."""
+    try:
+        result = worker.recv()
+    except (EOFError, OSError, RuntimeError):
+        raise UserError("another process of this run has died, perhaps for lack of memory; go on with --resume and with fewer "
+                        "--processes") from None
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+def serve(channel, number: int) -> None:
+    """The life of the other processes: do jobs and send each result back, until None comes."""
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # only process 0 speaks
+    quiet_libraries()
+    policy = None
+    while message := channel.recv():
+        source, task, common, jobs = message
+        for job in jobs:
+            try:
+                if policy is None or policy.source != source:
+                    policy = load_for(source, number)
+                result = task(policy, *common, *job)
+            except Exception as error:  # process 0 tells it
+                result = error
+            channel.send(result)
+
+def load_for(source: tuple[str, Config], number: int) -> Policy:
+    """The model of process 0 on this process's device."""
+    path, config = source
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    policy = load_policy(path, dataclasses.replace(config, device=device_of(config, number)), Meter())
+    policy.source = source
+    return policy
+
+def device_of(config: Config, number: int) -> str:
+    if config.device in ("auto", "cuda") and torch.cuda.is_available():
+        return f"cuda:{number}"
+    return config.device
+
+def start_serving(channel, number: int) -> None:
+    """serve() in a process that process 0 has started; it ends with process 0, even if that is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for process 0
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    with contextlib.suppress(EOFError, OSError):
+        serve(channel, number)
+
+class Remote:
+    """A channel to another process of torchrun, on this machine or another."""
+
+    def __init__(self, rank: int):
+        self.rank = rank
+
+    def send(self, value) -> None:
+        dist.send_object_list([value], dst=self.rank)
+
+    def recv(self):
+        box = [None]
+        dist.recv_object_list(box, src=self.rank)
+        return box[0]
+
+@contextlib.contextmanager
+def workers(policy: Policy, config: Config, jobs: int):
+    """The other processes, for as long as the block lasts: those of torchrun, or as many as pay for so many jobs."""
+    if TORCHRUN:
+        policy.workers = [Remote(rank) for rank in range(1, int(os.environ["WORLD_SIZE"]))]
+    else:
+        policy.workers = [started(number) for number in range(1, process_count(policy, config, jobs))]
+    yield
+    for worker in policy.workers:
+        worker.send(None)
+
+def started(number: int):
+    """A new process on this machine -> the channel to it."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # so that Ctrl-C does not reach it while it starts, either
+    context.Process(target=start_serving, args=(theirs, number), daemon=True).start()
+    signal.signal(signal.SIGINT, before)
+    theirs.close()  # only the other process has it now: if that dies, recv() says so
+    return ours
+
+def process_count(policy: Policy, config: Config, jobs: int) -> int:
+    """--processes, or: on CPUs one a core, as far as there are jobs and half of the free memory holds; on GPUs one, since
+    other cards may be somebody else's. Raises UserError when there are too few GPUs."""
+    kind, cards = policy.model.device.type, torch.cuda.device_count()
+    if kind == "cuda" and config.processes > cards:
+        raise UserError(f"--processes {config.processes}: one process needs one GPU, and there are {cards}")
+    if config.processes or kind != "cpu":
+        return max(1, config.processes)
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    # Two copies of the weights, base weights, gradients and moments are 24 bytes a weight; activations come on top.
+    memory = 0.6e9 + 40 * sum(w.numel() for w in policy.base)
+    return int(max(1, min(cores, jobs, free_memory() / 2 // memory)))
+
+def free_memory() -> float:
+    """Bytes; where the system does not tell, what any computer has to spare."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024.0 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+    return 4e9
+
+
+# ======== 17. Main: what does a person see? ===========================================================================
 
 def check_context(policy: Policy, pool: list[Problem], config: Config) -> None:
     """Raises UserError when a prompt and its completion may not fit into the model's context."""
@@ -1932,6 +2073,11 @@ def check_context(policy: Policy, pool: list[Problem], config: Config) -> None:
     if tokens > context:
         raise UserError(f"{what} needs {tokens} tokens with its completion, and the model's context has {context}; "
                         "lower --student-tokens or --teacher-tokens, or leave long problems out")
+
+def students_a_step(config: Config) -> int:
+    """Jobs of an outer step: students, or datasets where none is trained."""
+    K = config.groups * config.datasets
+    return K * config.repeats if config.reward == "grounded" else K
 
 def student_completions(config: Config, promotions: int, questions: int) -> int:
     """What the students of one outer step sample after so many promotions: in training, and greedily on the questions."""
@@ -2047,21 +2193,20 @@ def prepare(config: Config, meter: Meter) -> tuple[Policy, list[Problem]]:
 
 def run(config: Config, meter: Meter) -> None:
     """Everything, from the flags to the closing table. Raises UserError."""
-    join_processes(config)
     check_folder(config)
-    gather("checked")  # before process 0 writes into the folder
     folder = Path(config.out)
     with claim(folder):
         policy, pool = prepare(config, meter)
         check_disk(policy, folder)
         print_plan(pool, policy, config)
-        hard = hard_problems(policy, pool, config)
-        hard_train, hard_test = split_hard(hard, config)
-        print(f"{len(hard)} of {len(pool)} problems are fail@{config.k}: {len(hard_train)} for the reward, "
-              f"{len(hard_test)} held out\n", flush=True)
-        state = first_state(policy, hard_train, hard_test, config)
-        write_json(folder / "config.json", vars(config))
-        outer_loop(policy, hard_train, state, config)
+        with workers(policy, config, students_a_step(config)):
+            hard = hard_problems(policy, pool, config)
+            hard_train, hard_test = split_hard(hard, config)
+            print(f"{len(hard)} of {len(pool)} problems are fail@{config.k}: {len(hard_train)} for the reward, "
+                  f"{len(hard_test)} held out\n", flush=True)
+            state = first_state(policy, hard_train, hard_test, config)
+            write_json(folder / "config.json", vars(config))
+            outer_loop(policy, hard_train, state, config)
         restore(policy.model, state.teacher)
         save_model(policy.model, policy.tokenizer, folder / "teacher")
         report(policy, hard_train, hard_test, state, config)
@@ -2081,9 +2226,7 @@ def first_state(policy: Policy, hard_train: list[Problem], hard_test: list[Probl
 def outer_loop(policy: Policy, hard_train: list[Problem], state: State, config: Config) -> None:
     """The outer steps that are left, each with its checkpoint and its line on the screen."""
     meter, folder = policy.meter, Path(config.out)
-    K = config.groups * config.datasets
-    pieces = K * config.repeats if config.reward == "grounded" else K
-    meter.expect((config.steps - state.step) * pieces, "all outer steps")
+    meter.expect((config.steps - state.step) * students_a_step(config), "all outer steps")
     while state.step < config.steps:
         meter("other")
         meter.seconds.clear(), meter.tokens.clear()
@@ -2144,16 +2287,13 @@ def guarded(program: str, work, meter: Meter, again: list[str]) -> int:
     except KeyboardInterrupt:
         code, sentence = 130, f"interrupted; all complete steps are saved, continue with: {again}"
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        broken_off = RANKS > 1 and re.search("gloo|nccl", str(error), re.IGNORECASE)
-        if type(error) is RuntimeError and not broken_off and "allocate memory" not in str(error):  # so PyTorch says it on a CPU
+        if type(error) is RuntimeError and "allocate memory" not in str(error):  # so PyTorch says it on a CPU
             raise
         train = "lower --micro-tokens or add --checkpointing"
         advice = {"sampling": "lower --sample-rows", "log-probs": train, "backward": train}
         advice = advice.get(meter.phase, "take a smaller --model")
         sentence = f"out of memory (phase: {meter.phase}); {advice} and go on with: {again}"
-        if broken_off:
-            sentence = "another process has stopped; its message says why"
-    print(f"{program}{f' (process {RANK})' * (RANKS > 1)}: {sentence}", file=sys.stderr, flush=True)
+    print(f"{program}: {sentence}", file=sys.stderr, flush=True)
     return code
 
 def main(argv: list[str] | None = None) -> int:
@@ -2161,6 +2301,10 @@ def main(argv: list[str] | None = None) -> int:
     print_anything()
 
     def work():
+        if TORCHRUN:
+            dist.init_process_group("gloo", timeout=datetime.timedelta(days=1))  # a student can take long
+        if RANK:
+            return serve(Remote(0), int(os.environ["LOCAL_RANK"]))
         config = parse_config(argv)
         quiet_libraries()
         run(config, meter)

@@ -6,6 +6,7 @@ SOAR_REAL_MODEL names the folder of one. Some tests want real problems: they are
 folder with math_test.jsonl, harp.jsonl and olympiadbench.jsonl (fields problem and answer).
 """
 import argparse
+import contextlib
 import copy
 import dataclasses
 import doctest
@@ -1120,7 +1121,7 @@ def test_filter_cache_is_keyed_by_what_matters(policy, tmp_path, monkeypatch):
     policy.student_text = "Teacher: {problem} Assistant:"
     soar.hard_problems(policy, pool, config)
     with torch.no_grad():
-        next(reversed(list(policy.model.parameters())))[-1] += 1e-3  # one single weight
+        policy.base[-1][-1] += 1e-3  # one single weight
     soar.hard_problems(policy, pool, config)
     assert cache() == 8
     count, eos = cache(), policy.model.generation_config.eos_token_id
@@ -1626,7 +1627,7 @@ def test_champion(table, champion, policy, monkeypatch):
     """The promoted student comes from the dataset with the best MEAN reward, wherever the best single student is."""
     before, trained, state = 0.5, [], fresh_state(policy)
 
-    def train(policy, batches, config, key, after_step):
+    def train(policy, batches, config, key, *_):
         trained.append(key[-2:])
         return [{"success": 0.0}]
 
@@ -1760,7 +1761,7 @@ def toy(base, cache, tmp_path_factory):
     return [
         "--dataset", f"{folder}/problems.jsonl", "--student-prompt", f"{folder}/student.txt", "--model", base,
         "--teacher-prompt", f"{folder}/teacher.txt", "--cache", str(cache),
-        *("--preset smoke --threads 1 --device cpu --steps 6 --n 4 --repeats 2 --inner-steps 3 --inner-extra 1 "
+        *("--preset smoke --processes 1 --device cpu --steps 6 --n 4 --repeats 2 --inner-steps 3 --inner-extra 1 "
           "--seed 1 --batch 4 --group 8 --k 2 --pool 24 --reward-questions 8 --eval-samples 4 --tau -0.9 --window 2 "
           "--student-tokens 24 --teacher-tokens 40 --student-lr 1e-2 --teacher-lr 1e-3 --sample-rows 64 "
           "--micro-tokens 150").split()]
@@ -1876,29 +1877,128 @@ def torchrun(script: Path, *argv):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
-def test_two_processes_come_to_the_same_as_one(toy, finished, tmp_path):
-    """A student that depends on who trained others before it, results in another order, a file that both write."""
-    done = torchrun(ROOT / "soar.py", *toy, "--out", str(tmp_path / "two"), "--cache", str(tmp_path / "cache"))
-    assert done.returncode == 0, done.stderr
-    one, two = outcome(finished), outcome(tmp_path / "two")
-    assert len(one["log"]) == len(two["log"])
-    for row, other in zip(one["log"], two["log"]):  # parts of the teacher's gradient are added in another order
-        assert row.pop("teacher") == pytest.approx(other.pop("teacher"), rel=1e-5)
-        assert row == other
-    for name in one.keys() - {"log", "teacher/model.safetensors"}:
-        assert one[name] == two[name]
-    assert done.stdout.count("PROMOTION") == 3 and not list(tmp_path.rglob("*.tmp"))
+def run_soar(*argv) -> subprocess.Popen:
+    """soar.py in a process group of its own, as a shell starts it."""
+    return subprocess.Popen([sys.executable, str(ROOT / "soar.py"), *argv], text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, start_new_session=True)
 
 
-def test_one_process_fails(toy, tmp_path):
-    """The others must not wait for it for ever, and its message must be seen."""
+@pytest.mark.parametrize("start", ["2 processes", "3 processes", "torchrun"])
+def test_any_number_of_processes_comes_to_the_same(start, toy, finished, tmp_path):
+    """A student that depends on who trained others before it, results in another order, a file that both write, a teacher
+    that each process updates on its own."""
+    argv = [*toy, "--out", str(tmp_path / "many"), "--cache", str(tmp_path / "cache")]
+    if start == "torchrun":
+        done = torchrun(ROOT / "soar.py", *argv)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("PROMOTION") == 3  # process 0 alone speaks
+    else:
+        with run_soar(*argv, "--processes", start[0]) as process:
+            out, error = process.communicate(timeout=300)
+        assert process.returncode == 0 and not error and out.count("PROMOTION") == 3, error
+    assert outcome(tmp_path / "many") == outcome(finished)
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_jobs_are_shared():
+    """A process that does nothing, or all that the others do once more: the same numbers, and no faster."""
+    class Worker:
+        """Does its jobs at once, and remembers them."""
+        def send(self, message):
+            _, task, common, self.jobs = message
+            self.results = [task(None, *common, *job) for job in self.jobs]
+
+        def recv(self):
+            return self.results.pop(0)
+
+    here, crew = [], [Worker(), Worker()]
+    policy = argparse.Namespace(workers=crew, source=None)
+
+    def task(model, base, number):
+        if model is policy:
+            here.append(number)
+        return base + number
+
+    assert list(soar.share(policy, task, (100,), [(i,) for i in range(8)])) == [100 + i for i in range(8)]
+    assert here == [0, 3, 6]
+    assert [worker.jobs for worker in crew] == [[(1,), (4,), (7,)], [(2,), (5,)]]
+
+
+def test_another_process_fails(toy, tmp_path):
+    """What goes wrong in another process is said once, in one sentence, by process 0; which must not wait for ever."""
     (tmp_path / "broken.py").write_text(
         "import os, sys\nimport soar\n"
         "def train_student(*_):\n    raise soar.UserError('the disk of process 1 is full')\n"
-        "if os.environ['RANK'] == '1':\n    soar.train_student = train_student\nsys.exit(soar.main())\n")
-    done = torchrun(tmp_path / "broken.py", *toy, "--out", str(tmp_path / "out"))
-    assert done.returncode != 0 and "soar (process 1): the disk of process 1 is full" in done.stderr
+        "if __name__ == '__mp_main__' or os.environ.get('RANK') == '1':\n    soar.train_student = train_student\n"
+        "if __name__ == '__main__':\n    sys.exit(soar.main())\n")
+    argv = [*toy, "--out", str(tmp_path / "out"), "--processes", "2"]
+    done = subprocess.run([sys.executable, str(tmp_path / "broken.py"), *argv], capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stderr) == (2, "soar: the disk of process 1 is full\n")
+    done = torchrun(tmp_path / "broken.py", *argv)
+    assert done.returncode != 0 and "soar: the disk of process 1 is full" in done.stderr
     assert not (tmp_path / "out" / "log.jsonl").exists()
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    """Python processes that this one has started for its jobs."""
+    found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in found if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def is_running(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def wait_until(condition, seconds: float = 30.0) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("victim", ["process 0", "process 1", "Ctrl-C"])
+def test_processes_end_together(victim, toy, finished, tmp_path):
+    """Killed without warning: no orphan goes on, nobody waits for the dead; Ctrl-C: one sentence for all of them."""
+    out = tmp_path / "run"
+    argv = [*toy, "--out", str(out), "--processes", "2"]
+    with run_soar(*argv) as process:
+        wait_for_lines(process, out / "log.jsonl", 2)
+        (other,) = children(process)
+        if victim == "Ctrl-C":
+            os.killpg(process.pid, signal.SIGINT)  # as the terminal does: all of them get it
+        else:
+            os.kill(process.pid if victim == "process 0" else other, signal.SIGKILL)
+        error = process.communicate(timeout=60)[1]
+    assert wait_until(lambda: not is_running(other))
+    expected = {"process 0": (-signal.SIGKILL, ""), "process 1": (2, "died"), "Ctrl-C": (130, "interrupted")}[victim]
+    assert process.returncode == expected[0] and expected[1] in error
+    assert error.count("\n") == (victim != "process 0"), error
+    assert soar.main([*toy, "--out", str(out), "--resume"]) == 0
+    assert outcome(out) == outcome(finished)
+
+
+def test_how_many_processes(policy, monkeypatch):
+    """More than there is work, cores or memory for; or cards of somebody else."""
+    config = small_config()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+    monkeypatch.setattr(soar, "free_memory", lambda: 64e9)
+    assert soar.process_count(policy, config, 16) == 8
+    assert soar.process_count(policy, config, 3) == 3
+    assert soar.process_count(policy, dataclasses.replace(config, processes=5), 3) == 5
+    monkeypatch.setattr(soar, "free_memory", lambda: 3e9)
+    assert soar.process_count(policy, config, 16) == 2
+    monkeypatch.setattr(soar, "free_memory", lambda: 1e6)
+    assert soar.process_count(policy, config, 16) == 1
+    policy.model = argparse.Namespace(device=torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert soar.process_count(policy, config, 16) == 1
+    assert soar.process_count(policy, dataclasses.replace(config, processes=4), 16) == 4
+    with pytest.raises(UserError, match="GPU"):
+        soar.process_count(policy, dataclasses.replace(config, processes=5), 16)
 
 
 def test_resume_of_a_finished_run(toy, finished, tmp_path, capsys):
@@ -2089,7 +2189,7 @@ def test_one_folder_one_evaluation(finished, tmp_path, capsys):
 def test_two_runs_share_a_cache(tmp_path):
     """Two processes that pretrain and filter at once wrote into each other's temporary files."""
     argv = ["--cache", str(tmp_path / "cache"), "--steps", "1", "--pool", "40", "--k", "4", "--n", "2", "--datasets", "2",
-            "--repeats", "1", "--inner-steps", "1", "--batch", "2", "--group", "2", "--eval-samples", "1"]
+            "--repeats", "1", "--inner-steps", "1", "--batch", "2", "--group", "2", "--eval-samples", "1", "--processes", "1"]
     code = ("import sys, soar; soar.PRETRAIN['steps'] = 30; "
             "sys.exit(soar.main(sys.argv[1:]))")
     runs = [subprocess.Popen([sys.executable, "-c", code, *argv, "--out", str(tmp_path / name)], cwd=ROOT,
@@ -2186,9 +2286,9 @@ def test_console_without_letters(finished, tmp_path):
 def test_left_over_ranks():
     """RANK and WORLD_SIZE of some other program made a single process wait for others that never came."""
     environment = {k: v for k, v in os.environ.items() if k != "TORCHELASTIC_RUN_ID"} | {"RANK": "1", "WORLD_SIZE": "2"}
-    done = subprocess.run([sys.executable, "-c", "import soar; print(soar.RANK, soar.RANKS)"], cwd=ROOT, env=environment,
+    done = subprocess.run([sys.executable, "-c", "import soar; print(soar.RANK, soar.TORCHRUN)"], cwd=ROOT, env=environment,
                           capture_output=True, text=True)
-    assert done.stdout == "0 1\n"
+    assert done.stdout == "0 False\n"
 
 
 def test_time_left(monkeypatch, capsys):

@@ -956,9 +956,9 @@ def load_model(path: str, config: Config, trained: bool = True) -> tuple:
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     try:
         torch.empty(1, device=device)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # or it would ask, and wait
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        model, found = kind.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        model, found = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, trust_remote_code=False)
         model = model.to(device).eval()
     except (torch.OutOfMemoryError, MemoryError):
         raise
@@ -994,11 +994,15 @@ def end_ids(model, tokenizer, chat: bool) -> list[int]:
     return ends
 
 def without_dropout(model) -> None:
-    """No random zeros: with --checkpointing training runs in train mode, and must be of the policy that was sampled.
-    Modules have them under many names (p, attention_dropout, resid_pdrop, layerdrop)."""
+    """No dropout: with --checkpointing training runs in train mode, and must be of the policy that was sampled.
+
+    Modules have it under many names (p, attention_dropout, resid_pdrop, layerdrop). self_check refuses what this
+    overlooks, and other noise (the jitter of some routers).
+    """
     for module in model.modules():
         for name, value in list(vars(module).items()):
-            if isinstance(value, float) and "drop" in (type(module).__name__ + name).lower():
+            full_name = (type(module).__name__ + name).lower()
+            if isinstance(value, float) and "drop" in full_name:
                 setattr(module, name, 0.0)
 
 def snapshot(model) -> list[torch.Tensor]:
@@ -2063,7 +2067,11 @@ def free_memory() -> float:
 
 def check_context(policy: Policy, pool: list[Problem], config: Config) -> None:
     """Raises UserError when a prompt and its completion may not fit into the model's context."""
-    context = getattr(policy.model.config, "max_position_embeddings", None) or math.inf
+    text_config = policy.model.config.get_text_config()
+    context = getattr(text_config, "max_position_embeddings", None) or math.inf
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # beyond this it turns by other angles, and the cache holds the first ones
+        context = min(context, rope.get("original_max_position_embeddings") or context)
     length, longest = max((len(policy.student_prompt(problem)), problem.question) for problem in pool)
     empty = len(policy.student_prompt(Problem("", "")))
     needed = {f"the problem that begins {longest[:60]!r}": length + config.student_tokens,

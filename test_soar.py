@@ -41,6 +41,8 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
 
 import eval as eval_  # noqa: E402
 import soar  # noqa: E402
@@ -2308,6 +2310,721 @@ def test_time_left(monkeypatch, capsys):
     now[0] += 10
     meter.advance()
     assert capsys.readouterr().out == ""
+
+
+# ==================================================================================================
+# Every architecture is right or refused
+# ==================================================================================================
+# soar.py has its own sampler, and its own way from hidden states to log-probabilities. Both lean on
+# what most models do; some cap their logits, keep a state beside keys and values, or number
+# positions themselves. Such a model must come out right or be refused when it is loaded. The truth
+# here is the model's own forward, one sequence at a time, without cache and without padding;
+# nothing that soar.py computes goes into it.
+
+VOCAB = len(soar.VOCABULARY)
+
+# The sizes of a small model under all the names that configurations have for them; each takes those
+# that it knows.
+SIZES = {
+    VOCAB: "vocab_size vocab_size_per_layer_input",
+    0: "pad_token_id",
+    64: """
+        intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim n_inner dff ffn_hidden_size
+        dim_ff d_inner feed_forward_size intermediate_size_mlp dense_intermediate_size
+        mamba_d_ssm max_position_embeddings n_positions n_ctx max_seq_len model_max_length
+        context_length max_target_positions
+    """,
+    32: """
+        hidden_size d_model n_embd embedding_size embedding_dim word_embed_proj_dim
+        input_embedding_size emb_dim output_embedding_size attention_hidden_size lru_width
+        backbone_hidden_size rnn_hidden_size
+    """,
+    16: """
+        q_lora_rank kv_lora_rank qk_head_dim index_head_dim moe_intermediate_size
+        shared_expert_intermediate_size moe_shared_expert_intermediate_size
+        shared_intermediate_size expert_ffn_hidden_size image_size
+        shared_experts_intermediate_size router_hidden_size
+    """,
+    8: """
+        head_dim d_head dim_head kv_channels attention_head_dim attention_head_size
+        global_head_dim swa_head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim
+        linear_key_head_dim linear_value_head_dim linear_head_dim mamba_d_head mamba_head_dim
+        mamba_headdim mamba_n_heads mamba_num_heads dim_model_base patch_size state_size
+        mamba_d_state ssm_state_size mamba_chunk_size chunk_size hidden_size_per_layer_input
+        sliding_window window_size attention_window_size local_attention attention_chunk_size
+        sliding_window_size index_topk
+    """,
+    4: """
+        num_attention_heads n_head n_heads decoder_attention_heads encoder_attention_heads
+        num_heads rotary_dim num_decoder_attention_heads num_encoder_attention_heads
+        swa_num_attention_heads linear_num_value_heads linear_num_heads num_local_experts
+        num_experts n_routed_experts moe_num_experts mamba_d_conv time_step_rank mamba_dt_rank
+        mm_tokens_per_image
+    """,
+    3: "num_channels",
+    2: """
+        num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers
+        num_decoder_layers num_blocks num_encoder_layers num_key_value_heads num_kv_heads
+        num_global_key_value_heads swa_num_key_value_heads index_n_heads num_experts_per_tok
+        moe_k moe_topk linear_num_key_heads mamba_expand bos_token_id
+    """,
+    1: """
+        eos_token_id n_group topk_group n_shared_experts first_k_dense_replace num_dense_layers
+        mamba_n_groups n_groups n_mamba_heads mamba_ngroups
+    """,
+}
+SMALL = {name: size for size, names in SIZES.items() for name in names.split()}
+# What caps or scales logits, far enough from 1 to be seen.
+SMALL |= dict.fromkeys(["final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"], 3.0)
+SMALL |= {"logits_scaling": 4.0, "logit_scale": 0.25, "lm_head_multiplier": 0.25}
+
+# What these sizes get wrong. In latent attention there are as many key-value heads as query heads.
+LATENT = """
+    axk1 axk2 bailing_hybrid deepseek_v2 deepseek_v3 deepseek_v32 dots3_note_text
+    glm4_moe_lite glm_moe_dsa kimi_linear longcat_flash minicpm3 youtu
+""".split()
+SPECIAL = dict.fromkeys(LATENT, {"num_key_value_heads": 4}) | {
+    "mpt": dict(logit_scale=None),  # transformers' class does not read it
+    "bamba": dict(attn_layer_indices=[1]),
+    "gemma3n_text": dict(
+        num_kv_shared_layers=2,
+        activation_sparsity_pattern=None,
+        num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
+    "gpt_neo": dict(attention_types=[[["global", "local"], 1]]),
+    "jamba": dict(
+        attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1
+    ),
+    "lfm2": dict(layer_types=["conv", "full_attention"] * 2, num_hidden_layers=4),
+    "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 2, num_hidden_layers=4),
+    "mamba2": dict(num_heads=8),
+    "qwen4_exp_text": dict(
+        indexer_n_heads=2,
+        indexer_kv_heads=1,
+        indexer_head_dim=8,
+        indexer_budget=8,
+        indexer_compress_ratio=2,
+    ),
+    "recurrent_gemma": dict(num_hidden_layers=3),
+    "reformer": dict(
+        is_decoder=True,
+        attn_layers=["local", "lsh"],
+        axial_pos_shape=[8, 8],
+        axial_pos_embds_dim=[16, 16],
+    ),
+    "xmod": dict(default_language="en_XX"),
+    "zamba": dict(
+        num_hidden_layers=4,
+        layers_block_type=["mamba", "hybrid"] * 2,
+        attention_hidden_size=64,
+        attention_head_dim=16,
+        num_key_value_heads=4,
+    ),
+    "zamba2": dict(
+        num_hidden_layers=4,
+        layers_block_type=["linear_attention", "hybrid"] * 2,
+        attention_hidden_size=64,
+        attention_head_dim=16,
+        num_key_value_heads=4,
+        n_mamba_heads=8,
+    ),
+    "zaya": dict(num_experts_per_tok=1),
+}
+
+# A name's first word is the type; types that this transformers lacks are skipped. The first list
+# was right before there was any check: a check that refuses one of them is wrong.
+PLAIN = """
+    llama qwen2 qwen2_moe qwen3 qwen3_moe gemma mistral ministral mixtral phi phi3 smollm3
+    olmo olmo2 olmo3 olmoe gpt_neox gpt_neo gptj bloom falcon mpt stablelm starcoder2
+    deepseek_v2 deepseek_v3 glm glm4 glm4_moe gpt_oss nemotron persimmon codegen ernie4_5
+    hunyuan_v1_dense hunyuan_v1_moe exaone4 helium apertus arcee cwm flex_olmo dots1
+    diffllama minimax_m2 bitnet
+""".split()
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+VARIANTS = {
+    "llama tied": dict(tie_word_embeddings=True),
+    "llama biased": dict(attention_bias=True, mlp_bias=True),
+    "llama yarn": dict(rope_parameters=YARN),
+    "qwen2 window": dict(
+        use_sliding_window=True, layer_types=["sliding_attention", "full_attention"]
+    ),
+    # most experts get no token, and no gradient
+    "qwen3_moe many": dict(num_experts=64, num_experts_per_tok=1),
+    "falcon alibi": dict(alibi=True),
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [3.0] * 4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 12,
+    "partial_rotary_factor": 1.0,
+}
+TRAPS = {
+    "logits are capped or scaled after the head": """
+        gemma2 gemma3_text gemma3n_text gemma4_text vaultgemma nanochat cohere cohere2 granite
+        granitemoe granitemoeshared minicpm3 hyperclovax inkling_text
+    """,
+    "layers between the hidden states and the head": "modernbert-decoder rembert",
+    "dropout under any name, or other noise, in train mode": """
+        gpt2 gpt_bigcode opt biogpt phimoe seed_oss xglm ctrl openai-gpt
+    """,
+    "a state beside keys and values": """
+        mamba mamba2 falcon_mamba jamba bamba zamba2 lfm2 falcon_h1 recurrent_gemma rwkv
+        qwen3_next qwen3_5_text granitemoehybrid nemotron_h minimax kimi_linear olmo_hybrid
+        xlstm deepseek_v32 deepseek_v4
+    """,
+    "parameters without a gradient: images, what a balancing rule moves": """
+        gemma3 gemma4 qwen3_5 fuyu phi4_multimodal ernie4_5_moe afmoe longcat_flash
+    """,
+    "positions of its own: wrong for the padded row of a batch alone": """
+        bart marian mbart pegasus trocr cpmant
+    """,
+    "no causal mask: one pass over a sequence looks at later tokens": """
+        bert roberta xlm-roberta xlnet prophetnet
+    """,
+    "its base model is the whole model": "llama4_text",
+}
+ARCHITECTURES = dict.fromkeys(PLAIN, {}) | VARIANTS
+MUST_BE_SUPPORTED = list(ARCHITECTURES)
+ARCHITECTURES |= {name: {} for names in TRAPS.values() for name in names.split()}
+ARCHITECTURES["bert decoder"] = dict(is_decoder=True)
+# Other frequencies for sequences of more than 12 tokens: what the cache holds was rotated by the
+# first ones.
+ARCHITECTURES["phi3 longrope"] = dict(rope_parameters=LONGROPE, original_max_position_embeddings=12)
+
+
+def small_arguments(config: transformers.PretrainedConfig) -> dict:
+    """What to change in a default configuration, and those nested in it, for a small model."""
+    alias = getattr(config, "attribute_map", None) or {}
+    computed = {
+        name
+        for name in dir(type(config))
+        if isinstance(getattr(type(config), name, None), property)
+    }
+    known = {name for name in (*config.to_dict(), *alias) if alias.get(name, name) not in computed}
+    arguments = {name: size for name, size in SMALL.items() if name in known}
+    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
+    if kinds and "layer_types" in known:  # each kind of layer twice
+        arguments |= {"layer_types": kinds * 2, "num_hidden_layers": 2 * len(kinds)}
+    for name, value in vars(config).items():
+        if isinstance(value, transformers.PretrainedConfig):
+            arguments[name] = small_arguments(value)
+    return arguments | SPECIAL.get(config.model_type, {})
+
+
+def save_small(kind: str, folder: Path, overrides: dict) -> None:
+    """A folder with a small random model of this type, and the tiny world's tokenizer.
+
+    Matrices get a standard deviation of 0.25, whatever the type's own rule is, so that next-token
+    distributions are far from uniform; vectors (norms, biases) move a little, so that one that is
+    left out shows.
+    """
+    default = transformers.CONFIG_MAPPING[kind]()
+    config = type(default)(**small_arguments(default) | overrides)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).float()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim < 2 or "A_log" in name:  # decays explode far from their first values
+                p.add_(torch.randn_like(p) * 0.05)
+            else:
+                p.normal_(std=0.25)
+    model.generation_config.eos_token_id = 1  # the tokenizer's
+    model.save_pretrained(folder)
+    soar.tiny_tokenizer(folder).save_pretrained(folder)
+
+
+PAIR = [[5, 60, 7, 130, 9, 30, 11], [20, 21, 22]]  # two prompts: the second is padded on the left
+TOKENS = 12  # with these, prompt and completion exceed every window of 8
+EARLY_ENDS = list(
+    range(1, VOCAB, 8)
+)  # so many EOS ids that the rows of a batch end at different times
+
+
+def fixed_rollouts() -> list[Rollout]:
+    """Completions that no model chose; the shorter one will be padded on the right."""
+    luck = torch.Generator().manual_seed(7)
+    rollouts = []
+    for prompt, length in zip(PAIR, (TOKENS, 9)):
+        completion = torch.randint(3, VOCAB, (length,), generator=luck).tolist()
+        rollouts.append(Rollout(prompt, completion, "", False))
+    return rollouts
+
+
+# -- The truth. Each prefix has a forward of its own, since a model that looks at later tokens has
+# no other next-token distribution than that of each prefix.
+
+
+def next_logits(model, ids: list[int]) -> torch.Tensor:
+    """[V]: of the token that follows ids."""
+    return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].float()
+
+
+@torch.no_grad()
+def true_tokens(
+    model, prompt: list[int], ends: list[int], temperature: float, uniforms=None
+) -> tuple[list, list]:
+    """(tokens, by how little each was chosen): greedy, or what the uniforms choose."""
+    tokens, margins = [], []
+    for t in range(TOKENS):
+        logits = next_logits(model, prompt + tokens)
+        if uniforms is None:
+            first, second = logits.topk(2).values.tolist()
+            margins.append(first - second)
+            tokens.append(int(logits.argmax()))
+        else:
+            cdf = (logits.double() / temperature).softmax(-1).cumsum(-1)
+            margins.append((cdf - uniforms[t]).abs().min().item())
+            tokens.append(min(int((cdf <= uniforms[t]).sum()), VOCAB - 1))
+        if tokens[-1] in ends:
+            break
+    return tokens, margins
+
+
+def true_logprob(model, rollout: Rollout, temperature: float) -> torch.Tensor:
+    """ln p(completion | prompt), a scalar."""
+    total = torch.zeros(())
+    for t, token in enumerate(rollout.completion):
+        logits = next_logits(model, rollout.prompt + rollout.completion[:t])
+        total = total + (logits / temperature).log_softmax(-1)[token]
+    return total
+
+
+def gradient_of(model, value: torch.Tensor) -> list[torch.Tensor]:
+    """Of all parameters; where none arrives it is zero."""
+    model.zero_grad()
+    value.backward()
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+def oracle(folder: Path, temperature: float) -> dict:
+    """What the sampler, the log-probabilities and their gradients must be."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    luck = torch.rand(4, TOKENS, generator=torch.Generator().manual_seed(3))
+    logprobs = [true_logprob(model, rollout, temperature) for rollout in fixed_rollouts()]
+    return {
+        "luck": luck,
+        "greedy": [true_tokens(model, prompt, [1], temperature) for prompt in PAIR],
+        "sampled": [
+            true_tokens(model, PAIR[i // 2], EARLY_ENDS, temperature, luck[i].tolist())
+            for i in range(4)
+        ],
+        "logprobs": torch.stack(logprobs).detach(),
+        "gradients": [gradient_of(model, logprob) for logprob in logprobs],
+    }
+
+
+# -- The judge.
+
+
+def token_faults(what: str, truth: list, generated: tuple) -> list[str]:
+    """Rows that differ from the truth, unless the choice at that place was too close to call."""
+    wrong = 0
+    for (expected, margins), row, length in zip(truth, *(x.tolist() for x in generated[:2])):
+        got = row[:length]
+        if got == expected:
+            continue
+        same = 0
+        while same < min(len(got), len(expected)) and got[same] == expected[same]:
+            same += 1
+        wrong += same == len(margins) or margins[same] > 1e-4
+    return [f"{what} tokens ({wrong} of {len(truth)} rows)"] if wrong else []
+
+
+def length_of(gradient: list[torch.Tensor]) -> float:
+    return torch.stack([g.norm() for g in gradient]).norm().item()
+
+
+def logprob_faults(model, truth: dict, config: Config) -> list[str]:
+    """Tolerances: 1e-3, and float32's own on sums of hundreds."""
+    with torch.no_grad():
+        logprobs = soar.completion_logprobs(model, fixed_rollouts(), config.temperature)
+    error = (logprobs - truth["logprobs"]).abs().max().item()
+    bound = 1e-3 + 1e-5 * truth["logprobs"].abs().max().item()
+    return [] if error < bound else [f"log-probabilities by {error:.3g}"]
+
+
+def update_faults(policy, truth: dict, config: Config) -> list[str]:
+    """The first update, in whatever mode trains; the model is still its own reference."""
+    found, gradient, step = [], [], soar.adamw_step
+
+    def spy(model, *rest):
+        gradient.extend(
+            torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()
+        )
+        return step(model, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(soar, "adamw_step", spy)
+        state, advantages = soar.adamw_state(policy.model), torch.tensor([1.0, -1.0])
+        figures = soar.policy_update(policy, fixed_rollouts(), advantages, state, 1e-3, config)
+    # loss = -(ln p_1 - ln p_2) / 2, and no KL yet
+    expected = [(b - a) / 2 for a, b in zip(*truth["gradients"])]
+    error = length_of([g - e for g, e in zip(gradient, expected, strict=True)]) / length_of(
+        expected
+    )
+    if not error < 1e-3:
+        found.append(f"the gradient by {error:.0%}")
+    if not abs(figures["kl"]) < 1e-3:
+        found.append(f"the KL of the model to itself is {figures['kl']:.3g}")
+    return found
+
+
+def faults(policy, truth: dict, config: Config) -> list[str]:
+    """All in which sampler, log-probabilities and an update differ from the truth."""
+    model, ends = policy.model, policy.model.generation_config.eos_token_id
+    found = token_faults("greedy", truth["greedy"], soar.generate(model, PAIR, 1, TOKENS))
+    model.generation_config.eos_token_id = EARLY_ENDS
+    sampled = soar.generate(model, PAIR, 2, TOKENS, config.temperature, truth["luck"])
+    model.generation_config.eos_token_id = ends
+    found += token_faults("sampled", truth["sampled"], sampled)
+    return found + logprob_faults(model, truth, config) + update_faults(policy, truth, config)
+
+
+@torch.no_grad()
+def saving_faults(policy, folder: Path) -> list[str]:
+    """A promoted student's folder must hold the model that was trained."""
+    soar.save_model(policy.model, policy.tokenizer, folder)
+    again = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    error = (next_logits(again, PAIR[0]) - next_logits(policy.model, PAIR[0])).abs().max().item()
+    return [] if error < 1e-3 else [f"logits of the saved model by {error:.3g}"]
+
+
+def judge(folder: Path, temperature: float = 0.7) -> tuple[str, str]:
+    """(verdict, why): supported, refused or SILENTLY WRONG, without and with checkpointing."""
+    truth, refusals = None, []
+    for checkpointing in (False, True):
+        config = small_config(checkpointing=checkpointing, temperature=temperature, kl=0.1)
+        try:
+            policy = soar.load_policy(str(folder), config, soar.Meter())
+            truth = truth or oracle(folder, temperature)  # a refused model needs none
+            found = faults(policy, truth, config) + saving_faults(policy, folder / "saved")
+        except UserError as error:
+            refusals.append(str(error))
+            continue
+        if found:
+            return "SILENTLY WRONG", f"with checkpointing={checkpointing}: " + "; ".join(found)
+    return ("refused", refusals[0]) if refusals else ("supported", "")
+
+
+BROKEN_IN_5_0 = "apertus exaone4 granitemoehybrid jamba phi phi4_multimodal stablelm xlstm zamba2"
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_is_right_or_refused(name, tmp_path):
+    """A model sampled from one distribution and trained as another; or a traceback."""
+    kind = name.split()[0]
+    broken = kind in BROKEN_IN_5_0.split() and transformers.__version__.startswith("5.0.")
+    if broken or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        pytest.skip(f"transformers {transformers.__version__} has no {kind} that loads")
+    save_small(kind, tmp_path, ARCHITECTURES[name])
+    verdict, why = judge(tmp_path)
+    allowed = ["supported"] if name in MUST_BE_SUPPORTED else ["supported", "refused"]
+    assert verdict in allowed and "\n" not in why, why
+
+
+# ==================================================================================================
+# Every faulty folder is right or refused
+# ==================================================================================================
+# Each starts as a right one: a small Llama with the tiny world's tokenizer.
+
+
+def edit_json(file: Path, **changes) -> None:
+    """Values that are None remove their key."""
+    content = json.loads(file.read_text()) if file.exists() else {}
+    content |= changes
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def edit_weights(folder: Path, edit) -> None:
+    """edit(name, tensor) -> {name: tensor}, of every weight."""
+    file, new = folder / "model.safetensors", {}
+    for name, tensor in load_file(file).items():
+        new |= edit(name, tensor)
+    save_file(new, file, metadata={"format": "pt"})
+
+
+# Each of these returns, or is, a function that damages a folder.
+
+
+def weights(edit):
+    return lambda folder: edit_weights(folder, edit)
+
+
+def without(part: str):
+    return weights(lambda name, x: {} if part in name else {name: x})
+
+
+def stored_as(dtype: torch.dtype):
+    return weights(lambda name, x: {name: x.to(dtype)})
+
+
+def as_integers(name: str, x: torch.Tensor) -> dict:
+    """As quantised checkpoints are stored, with a scale that the model knows nothing of."""
+    if "up_proj" not in name:
+        return {name: x}
+    return {name: (x * 100).round().to(torch.int8), name + "_scale": torch.tensor(0.01)}
+
+
+def with_old_buffers(name: str, x: torch.Tensor) -> dict:
+    """Harmless: old checkpoints keep the rotary frequencies, and every loader leaves them out."""
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    return {name: x} | (extra if name == "model.norm.weight" else {})
+
+
+def poisoned(value: float):
+    def edit(name, x):
+        if name == "model.layers.1.mlp.up_proj.weight":
+            x[3, 3] = value
+        return {name: x}
+
+    return weights(edit)
+
+
+def config_says(**changes):
+    return lambda folder: edit_json(folder / "config.json", **changes)
+
+
+def generation_says(**changes):
+    return lambda folder: edit_json(folder / "generation_config.json", **changes)
+
+
+def quantised(**settings):
+    return config_says(quantization_config=settings)
+
+
+def removed(*names: str):
+    return lambda folder: [(folder / name).unlink() for name in names]
+
+
+def both(first, second):
+    return lambda folder: (first(folder), second(folder))
+
+
+def cut_in_half(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def saved_as(kind: str, class_name: str, **overrides):
+    """The checkpoint of another class."""
+
+    def damage(folder):
+        default = transformers.CONFIG_MAPPING[kind]()
+        config = type(default)(**small_arguments(default) | overrides)
+        getattr(transformers, class_name)(config).save_pretrained(folder)
+
+    return damage
+
+
+def with_adapter(folder: Path) -> None:
+    """PEFT's files: a low-rank change of a model."""
+    edit_json(
+        folder / "adapter_config.json",
+        peft_type="LORA",
+        task_type="CAUSAL_LM",
+        r=4,
+        lora_alpha=8,
+        base_model_name_or_path="nobody/no-such-model",
+        target_modules=["q_proj"],
+    )
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    change = {key + "A.weight": torch.ones(4, 32), key + "B.weight": torch.ones(32, 4)}
+    save_file(change, folder / "adapter_model.safetensors")
+
+
+def tokenizer_says(**settings):
+    return lambda folder: edit_json(folder / "tokenizer_config.json", **settings)
+
+
+def tokenizer_has(**parts):
+    return lambda folder: edit_json(folder / "tokenizer.json", **parts)
+
+
+def special(*words: str):
+    """These words become special tokens; one that is new is added behind the vocabulary."""
+    flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
+    numbers = {word: number for number, word in enumerate(soar.VOCABULARY)}
+    added = [
+        {"id": numbers.get(word, VOCAB), "content": word, "special": True} | flags for word in words
+    ]
+    return tokenizer_has(added_tokens=added)
+
+
+def template(text: str):
+    return lambda folder: (folder / "chat_template.jinja").write_text(text)
+
+
+TAGS = ["<question>", "</question>", "<answer>", "</answer>"]
+EOS_AFTER_ALL = {
+    "type": "TemplateProcessing",
+    "single": [
+        {"Sequence": {"id": "A", "type_id": 0}},
+        {"SpecialToken": {"id": "<eos>", "type_id": 0}},
+    ],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {"<eos>": {"id": "<eos>", "ids": [1], "tokens": ["<eos>"]}},
+}
+CUT = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+LAST = VOCAB - 1  # the id of a word that ends each turn in the template below
+TURNS = (
+    "{% for m in messages %}{{ m.role + ' ' + m.content + ' LAST ' }}{% endfor %}{{ 'assistant ' }}"
+)
+TURNS = TURNS.replace("LAST", soar.VOCABULARY[LAST])
+UNSAVABLE = dict(do_sample=False, temperature=0.9, top_p=0.6)
+NO_EOS = both(config_says(eos_token_id=None), generation_says(eos_token_id=None))
+NO_TOKENS = tokenizer_says(eos_token=None, pad_token=None)
+
+# name -> damage. Names that begin with "chat" are run with --chat.
+REFUSED = {
+    # weights that do not fit the model, which would be random or left out
+    "module. before every name": weights(lambda name, x: {"module." + name: x}),
+    "a layer is missing": without("layers.1."),
+    "a weight is missing": without("layers.1.mlp.up_proj"),
+    "the head is missing": without("lm_head"),
+    "a layer too many in the config": config_says(num_hidden_layers=3),
+    "a layer too few in the config": config_says(num_hidden_layers=1),
+    "another width in the config": config_says(intermediate_size=128),
+    "another vocabulary in the config": config_says(vocab_size=VOCAB + 8),
+    "a classifier": saved_as("llama", "LlamaForSequenceClassification"),
+    "a classifier, tied": saved_as(
+        "llama", "LlamaForSequenceClassification", tie_word_embeddings=True
+    ),
+    "a model without head": saved_as("llama", "LlamaModel"),
+    "an encoder": saved_as("bert", "BertModel"),
+    "an encoder with its head": saved_as("bert", "BertForMaskedLM"),
+    "an encoder-decoder": saved_as("t5", "T5ForConditionalGeneration", d_kv=8, d_ff=64),
+    "an adapter alone": both(with_adapter, removed("config.json", "model.safetensors")),
+    "an adapter beside its model": with_adapter,
+    "quantised by bitsandbytes": quantised(quant_method="bitsandbytes", load_in_4bit=True),
+    "quantised by gptq": quantised(quant_method="gptq", bits=4),
+    "quantised by awq": quantised(quant_method="awq", bits=4),
+    "quantised to fp8": quantised(quant_method="fp8"),
+    "quantised by an unknown method": both(weights(as_integers), quantised(quant_method="abacus")),
+    # files that are damaged, missing or not to be run
+    "cut in half": cut_in_half,
+    "no weights": removed("model.safetensors"),
+    "no config": removed("config.json"),
+    "no tokenizer": removed("tokenizer.json", "tokenizer_config.json"),
+    "NaN in a weight": poisoned(math.nan),
+    "infinity in a weight": poisoned(math.inf),
+    "code of its own": config_says(
+        model_type="abacus", auto_map={"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"}
+    ),
+    # ids, ends and templates that cannot work
+    "ids beyond the embedding": saved_as("llama", "LlamaForCausalLM", vocab_size=50),
+    "no EOS anywhere": both(NO_EOS, NO_TOKENS),
+    "chat without a template": lambda folder: None,
+    "chat: a template that raises": template(
+        "{{ raise_exception('a system message must come first') }}"
+    ),
+    "chat: a template with a mistake": template("{% for m in messages %}{{ m.content }}"),
+    "chat: a template that drops the text": template("{{ 'assistant ' }}"),
+    "chat: a template beyond the embedding": both(
+        special("<|turn|>"), template("<|turn|> " + TURNS)
+    ),
+}
+RIGHT_ONES = {
+    "float16": stored_as(torch.float16),
+    "bfloat16": stored_as(torch.bfloat16),
+    "bfloat16 in the config": config_says(dtype="bfloat16"),
+    "buffers of an older version": weights(with_old_buffers),
+    "EOS is 0": both(config_says(eos_token_id=0), generation_says(eos_token_id=0)),
+    "the tokenizer's EOS is not listed": generation_says(eos_token_id=[60, 61]),
+    "chat: the tokenizer's EOS is not listed": both(
+        template(TURNS), generation_says(eos_token_id=[60, LAST])
+    ),
+    "no EOS and no padding in the tokenizer": NO_TOKENS,
+    "flags that cannot be saved": generation_says(**UNSAVABLE),
+    "flags that cannot be saved, and no EOS": both(generation_says(**UNSAVABLE), NO_EOS),
+    "top-k and penalties": generation_says(
+        do_sample=True,
+        top_k=2,
+        top_p=0.5,
+        repetition_penalty=2.0,
+        suppress_tokens=[5, 60],
+        forced_eos_token_id=1,
+    ),
+    "a tokenizer that truncates": tokenizer_has(truncation=CUT),
+    "tags are special tokens": special(*TAGS),
+}
+RIGHT_OR_REFUSED = {
+    "EOS after every prompt": tokenizer_has(post_processor=EOS_AFTER_ALL),
+    "EOS beyond the vocabulary": generation_says(eos_token_id=9999),
+    "chat: the template's end of turn is not listed": both(special(soar.VOCABULARY[LAST]), template(TURNS)),
+    "chat: an ordinary word ends a turn": template(TURNS),  # as a line break would, which must end nothing
+}
+ENDS = {  # where completions end, if not at 1 alone
+    "EOS is 0": [{0}, {0, 1}],  # 1 is the tokenizer's
+    "the tokenizer's EOS is not listed": [{1, 60, 61}],
+    "chat: the tokenizer's EOS is not listed": [{1, 60, LAST}],
+    "chat: the template's end of turn is not listed": [{1, LAST}],
+    "EOS beyond the vocabulary": [{1}, {1, 9999}],
+}
+FAULTY = REFUSED | RIGHT_ONES | RIGHT_OR_REFUSED
+PROBLEM = Problem(soar.worksheet(["4*5", "6+7"]), soar.worksheet([20, 13]))
+
+
+def prompt_faults(policy, config: Config) -> list[str]:
+    """All words of the prompt must be in it, in their order, and without --chat nothing else."""
+    words = policy.student_text.replace("{problem}", PROBLEM.question).split()
+    expected = [soar.VOCABULARY.index(word) for word in words]
+    prompt = policy.student_prompt(PROBLEM)
+    places = range(len(prompt) if config.chat else 1)
+    parts = [prompt[i : i + len(expected)] if config.chat else prompt for i in places]
+    return [] if expected in parts else ["the prompt"]
+
+
+def text_faults(policy, config: Config) -> list[str]:
+    """Tags must reach the parser. At a temperature of 100 all words are sampled."""
+    config = dataclasses.replace(config, temperature=100.0)
+    prompts = [policy.student_prompt(PROBLEM)] * 8
+    rollouts = soar.sample(policy, prompts, 8, TOKENS, config, soar.seeded("tags"))
+    numbers = [soar.VOCABULARY.index(tag) for tag in TAGS]
+    sampled = [[number in rollout.completion for number in numbers] for rollout in rollouts]
+    kept = [[tag in rollout.text for tag in TAGS] for rollout in rollouts]
+    return [] if kept == sampled else ["tags are left out of the text"]
+
+
+def faulty_verdict(name: str, folder: Path) -> tuple[str, str]:
+    """(verdict, why): right, refused or SILENTLY WRONG."""
+    config = small_config(
+        temperature=0.7,
+        kl=0.1,
+        chat=name.startswith("chat"),
+        student_tokens=TOKENS,
+        teacher_tokens=TOKENS,
+    )
+    try:
+        policy = soar.load_policy(str(folder), config, soar.Meter())
+        soar.check_context(policy, [PROBLEM], config)
+        soar.solve(policy, [PROBLEM], 2, config, soar.seeded("any"))
+        ends = soar.eos_ids(policy.model)
+        found = [] if ends in ENDS.get(name, [{1}]) else [f"completions end at {ends}"]
+        found += saving_faults(policy, folder / "saved") + prompt_faults(policy, config)
+        policy.model.generation_config.eos_token_id = 1  # the oracle's
+        found += text_faults(policy, config) + faults(policy, oracle(folder, 0.7), config)
+    except UserError as error:
+        return "refused", str(error)
+    return ("SILENTLY WRONG", "; ".join(found)) if found else ("right", "")
+
+
+@pytest.mark.parametrize("name", FAULTY)
+def test_every_faulty_folder_is_right_or_refused(name, tmp_path):
+    """Random weights, ids of another model, ends that never come: a run with wrong numbers."""
+    save_small("llama", tmp_path, dict(max_position_embeddings=256))
+    FAULTY[name](tmp_path)
+    verdict, why = faulty_verdict(name, tmp_path)
+    allowed = ["refused"] * (name not in RIGHT_ONES) + ["right"] * (name not in REFUSED)
+    assert verdict in allowed and "\n" not in why, (verdict, why)
 
 
 # ======================================================================================================================

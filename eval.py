@@ -87,7 +87,8 @@ class Settings:
     plot: bool = False  # write the curves (needs matplotlib)
     # --- This machine (empty or 0: as the run was made)
     device: str = ""  # cuda, cpu, ...
-    threads: int = 0  # torch's CPU threads
+    processes: int = 0  # share the students among so many; 0: on CPUs as many as there are cores, on GPUs one
+    threads: int = 0  # torch's CPU threads in each process
     sample_rows: int = 0  # completions sampled side by side
     micro_tokens: int = 0  # padded tokens in one backward pass
 
@@ -217,6 +218,7 @@ def read_config(folder: Path, settings: Settings) -> Config:
         raise UserError(f"the run in {folder} is not finished: continue it with soar.py --resume and its flags")
     names = ("device", "threads", "sample_rows", "micro_tokens")
     machine = {name: getattr(settings, name) for name in names if getattr(settings, name)}
+    machine["processes"] = settings.processes
     with soar.whole(folder / "config.json", "or it is of another version of soar.py: make the run again"):
         return Config(**json.loads((folder / "config.json").read_text(encoding="utf-8")) | machine)
 
@@ -253,20 +255,29 @@ def open_run(folder: Path, config: Config, settings: Settings) -> Run:
           f"its students sampled {student_rollouts(run):,} completions", flush=True)
     return run
 
-def load_weights(run: Run, name: str) -> None:
-    """The live model becomes teacher/, student/ (the base model where none was promoted) or "base". Raises UserError."""
-    weights = run.policy.base
+def weights_folder(run: Run, name: str) -> str:
+    """The folder of "teacher" or "student"; "" for the base model, which is also the student where none was promoted."""
     if name == "teacher" or name == "student" and any(row["promotion"] for row in run.log):
-        weights = soar.load_model(str((run.folder / name).resolve()), run.config)[0].parameters()  # whole: no hub id
-    soar.restore(run.policy.model, list(weights))
+        return str((run.folder / name).resolve())  # a whole path, so that it is never taken for a hub id
+    return ""
+
+def load_weights(run: Run, name: str) -> None:
+    """The live model becomes the "teacher", the "student" or the "base" model. Raises UserError."""
+    soar.restore(run.policy.model, run.policy.base)
+    if folder := weights_folder(run, name):
+        soar.restore(run.policy.model, soar.snapshot(soar.load_model(folder, run.config)[0]))
+
+def remembered_path(run: Run, name: str, depends_on: tuple) -> Path:
+    """In the run folder's eval/, under a name made of all that the result depends on."""
+    return run.folder / "eval" / f"{name}-{soar.fingerprint(run.report, *depends_on)}.json"
 
 def remembered(run: Run, name: str, depends_on: tuple, work):
-    """work(path), made once: kept in the run folder's eval/, under a name made of all that the result depends on."""
-    path = run.folder / "eval" / f"{name}-{soar.fingerprint(run.report, *depends_on)}.json"
-    path.parent.mkdir(exist_ok=True)
+    """work(), made once. Raises UserError."""
+    path = remembered_path(run, name, depends_on)
     if not path.exists():
-        soar.write_json(path, work(path))
-    return json.loads(path.read_text(encoding="utf-8"))
+        soar.write_json(path, work())
+    with soar.whole(path, "delete it, and it is made again"):
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 # ======== 4. Students: what does each train on, and how good does it get? =============================================
@@ -284,7 +295,7 @@ def synthetic_problems(run: Run, method: str, seed: int, settings: Settings) -> 
     if method not in ("grounded-t", "no-promotion", "intrinsic-t", "base-t"):
         return []
 
-    def ask_teacher(path):
+    def ask_teacher():
         load_weights(run, "base" if method == "base-t" else "teacher")
         generator = soar.seeded(run.config.seed, "eval questions", method, seed)
         return [vars(problem) for _, problem in soar.propose(run.policy, settings.questions, run.config, generator)[0]]
@@ -305,53 +316,90 @@ def schedule(run: Run, method: str, synthetic: list[Problem], settings: Settings
     batches += soar.epochs(run.train if curriculum else synthetic + run.train, steps - first, config.batch, order)
     return batches, replace(config, group=group, student_warmup=0 if curriculum else settings.warmup)
 
-def student(run: Run, method: str, seed: int, settings: Settings) -> dict:
-    """One student of a method, measured (see section 2). Remembered. Raises UserError."""
-    key = ("eval", run.config.seed, method.removesuffix("-equal"), seed)  # all the luck of this student
-    weights, batches, config = {"base": "base", "ps": "student", "solver": "teacher"}.get(method), [], run.config
-    if not weights:
-        batches, config = schedule(run, method, synthetic_problems(run, method, seed, settings), settings, key)
+@dataclass
+class Order:
+    """A student that is to be made and measured; its result is kept at `path`."""
+    path: Path
+    weights: str  # a folder to start from, or "" for the base model
+    batches: list  # what it trains on; [] for nothing
+    config: Config
+    key: tuple  # names it; all its luck is a function of this
+    cost: int  # completions to sample
 
-    def work(path):
-        load_weights(run, weights or "base")
-        if not weights:
-            return train_and_measure(run, batches, config, settings, key, path.with_suffix(".pt"))
-        right = soar.right_counts(run.policy, run.test, settings.samples, config, soar.seeded(*key, "measure"))
-        return {"points": [{"step": 0, "right": right}], "reward": [], "rollouts": 0}
-
+def order(run: Run, method: str, seed: int, settings: Settings) -> Order:
+    """What makes one student of a method. Raises UserError."""
+    key = ("eval", run.config.seed, method.removesuffix("-equal"), seed)
+    as_it_is = {"base": "base", "ps": "student", "solver": "teacher"}.get(method)
+    batches, config, weights = [], run.config, ""
+    if as_it_is:
+        weights = weights_folder(run, as_it_is)
+    else:
+        synthetic = synthetic_problems(run, method, seed, settings)
+        batches, config = schedule(run, method, synthetic, settings, key)
     flags = {name: value for name, value in vars(config).items() if name not in soar.RESUMABLE}
     flags |= {"samples": settings.samples, "points": settings.points}
-    return remembered(run, f"{method}-{seed}", (flags, run.train, run.test, batches), work)
+    path = remembered_path(run, f"{method}-{seed}", (flags, run.train, run.test, batches))
+    measuring = len(run.test) * settings.samples
+    cost = len(batches) * config.batch * config.group + (settings.points if batches else 1) * measuring
+    return Order(path, weights, batches, config, key, cost)
 
-def train_and_measure(run: Run, batches, config: Config, settings: Settings, key: tuple, path: Path) -> dict:
-    """The live model as a fresh student, measured --points times on the way, each time with a checkpoint to go on from."""
-    model, moments = run.policy.model, soar.adamw_state(run.policy.model)
-    result = {"points": [], "reward": [], "rollouts": len(batches) * config.batch * config.group}
+def make_students(run: Run, methods: list[str], settings: Settings) -> dict[str, list[dict]]:
+    """{method: its students, measured (see section 2)}. What is not remembered is made now, by all processes."""
+    orders = {(method, seed): order(run, method, seed, settings)
+              for method in methods for seed in range(settings.seed, settings.seed + settings.seeds)}
+    missing = sorted((one for one in orders.values() if not one.path.exists()), key=lambda one: -one.cost)
+    run.policy.meter.expect(sum(one.cost for one in missing), f"the students of {run.folder}")
+    costs = [one.cost for one in missing]
+    results = soar.share(run.policy, make_student, (run.test, settings), [(one,) for one in missing], costs)
+    for one, result in zip(missing, results):
+        soar.write_json(one.path, result)
+        one.path.with_suffix(".pt").unlink(missing_ok=True)
+    students = {method: [] for method in methods}
+    for (method, _), one in orders.items():
+        with soar.whole(one.path, "delete it, and this student is made again"):
+            students[method].append(json.loads(one.path.read_text(encoding="utf-8")))
+    return students
+
+def make_student(policy: Policy, test: list[Problem], settings: Settings, one: Order) -> dict:
+    """The live model as a student, trained (if it has batches) and measured --points times on the way.
+
+    Each measurement leaves a checkpoint, from which an interrupted student goes on.
+    """
+    model, path, count = policy.model, one.path.with_suffix(".pt"), 1 + len(policy.workers)
+    soar.restore(model, policy.base)
+    if one.weights:
+        soar.restore(model, soar.snapshot(soar.load_model(one.weights, one.config)[0]))
+    steps, completions = len(one.batches), one.config.batch * one.config.group
+    moments, result = None, {"points": [], "reward": [], "rollouts": steps * completions}
     if path.exists():
         with soar.whole(path, "delete it and this student starts again"):
             weights, moments, result = torch.load(path, weights_only=True, map_location=model.device).values()
             soar.restore(model, weights)
-    stops = {math.ceil(len(batches) * i / settings.points) for i in range(1, settings.points + 1)}
+    stops = {math.ceil(steps * i / settings.points) for i in range(1, settings.points + 1)}
 
-    def point(step):
-        generator = soar.seeded(*key, step, "measure")
-        right = soar.right_counts(run.policy, run.test, settings.samples, run.config, generator)  # [problems]
+    def measure(step):
+        moment = (step,) if steps else ()
+        generator = soar.seeded(*one.key, *moment, "measure")
+        right = soar.right_counts(policy, test, settings.samples, one.config, generator)  # [problems]
         result["points"].append({"step": step, "right": right})
-        state = {"weights": soar.snapshot(model), "moments": moments, "result": result}
-        soar.write_whole(path, lambda file: torch.save(state, file))
+        policy.meter.advance(count * len(test) * settings.samples)  # the others have done about as much
 
     def after_step(step, figures):
         bar.update()
         result["reward"].append(figures["reward"])
+        policy.meter.advance(count * completions)
         if step + 1 in stops:
-            point(step + 1)
+            measure(step + 1)
+            state = {"weights": soar.snapshot(model), "moments": moments, "result": result}
+            soar.write_whole(path, lambda file: torch.save(state, file))
 
     if not result["points"]:
-        point(0)
-    done = len(result["reward"])
-    with tqdm(total=len(batches), initial=done, desc=path.stem.rsplit("-", 1)[0], disable=None, leave=False) as bar:
-        soar.train_student(run.policy, batches, config, key, after_step, moments, done)
-    path.unlink()
+        measure(0)
+    if not steps:
+        return result
+    moments, done = moments or soar.adamw_state(model), len(result["reward"])
+    with tqdm(total=steps, initial=done, desc=path.stem.rsplit("-", 1)[0], disable=None, leave=False) as bar:
+        soar.train_student(policy, one.batches, one.config, one.key, after_step, moments, done)
     return result
 
 @torch.inference_mode()
@@ -371,7 +419,7 @@ def about_problems(run: Run, method: str, settings: Settings) -> dict:
     """Diversity and correctness (real problems: a vote's) of a method's synthetic problems; {} where it has none."""
     problems, n = synthetic_problems(run, method, settings.seed, settings), settings.samples
 
-    def work(path):
+    def work():
         rng, embeddings = np.random.default_rng(0), embed(run, settings, problems)  # [problems, D]; the base model is live
         draws = [vendi(embeddings[rng.integers(len(problems), size=len(problems))]) for _ in range(100)]  # (paper)
         about = {"questions": len(problems), "vendi": float(np.mean(draws))}
@@ -683,18 +731,24 @@ def evaluate(folders: list[Path], methods: list[str], settings: Settings) -> Non
     if missing and settings.methods != "all":
         raise UserError(f"--methods {missing[0]} needs a run of the kind {needs(missing[0])}; add one, or leave it out")
     students, questions, runs, seen = {}, {}, [], set()  # students: {method: [R][N]}
-    for folder, config in zip(folders, configs):
-        run = open_run(folder, config, settings)
-        hard_set = soar.fingerprint(run.train, run.test, config.model)
-        for method in methods:
-            if needs(method) == kind_of(config) or needs(method) == "any" and hard_set not in seen:
-                row = [student(run, method, settings.seed + i, settings) for i in range(settings.seeds)]
+    with contextlib.ExitStack() as processes:
+        others = None
+        for folder, config in zip(folders, configs):
+            run = open_run(folder, config, settings)
+            if others is None:  # started once, for all run folders
+                processes.enter_context(soar.workers(run.policy, config, len(methods) * settings.seeds))
+                others = run.policy.workers
+            run.policy.workers = others
+            hard_set = soar.fingerprint(run.train, run.test, config.model)
+            mine = [method for method in methods
+                    if needs(method) == kind_of(config) or needs(method) == "any" and hard_set not in seen]
+            for method, row in make_students(run, mine, settings).items():
                 students.setdefault(method, []).append(row)
                 if about := about_problems(run, method, settings):
                     questions.setdefault(method, []).append(about)
-        seen.add(hard_set)
-        runs.append({"folder": str(folder), "kind": kind_of(config), "rollouts": student_rollouts(run), "log": run.log,
-                     "diversity": diversity_curve(run, settings) if settings.plot else {}})
+            seen.add(hard_set)
+            runs.append({"folder": str(folder), "kind": kind_of(config), "rollouts": student_rollouts(run), "log": run.log,
+                         "diversity": diversity_curve(run, settings) if settings.plot else {}})
     write_results(students, questions, runs, dataset, settings)
 
 def write_results(students: dict, questions: dict, runs: list[dict], dataset: str, settings: Settings) -> None:
@@ -720,6 +774,8 @@ def main(argv: list[str] | None = None) -> int:
     soar.print_anything()
 
     def work():
+        if soar.has_served():
+            return None
         if "--benchmark" in argv:
             parser = argparse.ArgumentParser(usage="python eval.py --benchmark [flags]", allow_abbrev=False)
             flags = Benchmark(**soar.parse_flags(parser, Benchmark, argv))

@@ -1937,20 +1937,27 @@ def outer_step(policy: Policy, hard_train: list[Problem], state: State, config: 
 TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # RANK alone may be left over from another program
 RANK = int(os.environ["RANK"]) if TORCHRUN else 0
 
-def share(policy: Policy, task, common: tuple, jobs: list[tuple]):
-    """Yields task(policy, *common, *job) for each job, in their order; job i is done by process i mod N.
+def share(policy: Policy, task, common: tuple, jobs: list[tuple], costs: list[float] | None = None):
+    """Yields task(policy, *common, *job) for each job, in their order. Each goes to the process that has least to do so far:
+    with jobs of one cost, job i to process i mod N.
 
     Raises what a task raises, and UserError where another process has died.
     """
-    N = 1 + len(policy.workers)
-    for rank, worker in enumerate(policy.workers, start=1):
-        worker.send((policy.source, task, common, jobs[rank::N]))
-    for number, job in enumerate(jobs):
-        rank = number % N
-        if rank == 0:
+    load = [0.0] * (1 + len(policy.workers))
+    lists = [[] for _ in load]  # jobs by process
+    owners = []
+    for job, cost in zip(jobs, costs or [1.0] * len(jobs), strict=True):
+        owner = load.index(min(load))
+        owners.append(owner)
+        lists[owner].append(job)
+        load[owner] += cost
+    for worker, its_jobs in zip(policy.workers, lists[1:]):
+        worker.send((policy.source, task, common, its_jobs))
+    for job, owner in zip(jobs, owners):
+        if owner == 0:
             yield task(policy, *common, *job)
         else:
-            yield received(policy.workers[rank - 1])
+            yield received(policy.workers[owner - 1])
 
 def received(worker):
     """The next result of another process. Raises UserError, and what the job raised there."""
@@ -2018,6 +2025,14 @@ class Remote:
         box = [None]
         dist.recv_object_list(box, src=self.rank)
         return box[0]
+
+def has_served() -> bool:
+    """Joins the processes of torchrun. All but process 0 do their jobs in here, and then have nothing left to do."""
+    if TORCHRUN:
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=1))  # a student can take long
+    if RANK:
+        serve(Remote(0), int(os.environ["LOCAL_RANK"]))
+    return RANK > 0
 
 @contextlib.contextmanager
 def workers(policy: Policy, config: Config, jobs: int):
@@ -2309,10 +2324,8 @@ def main(argv: list[str] | None = None) -> int:
     print_anything()
 
     def work():
-        if TORCHRUN:
-            dist.init_process_group("gloo", timeout=datetime.timedelta(days=1))  # a student can take long
-        if RANK:
-            return serve(Remote(0), int(os.environ["LOCAL_RANK"]))
+        if has_served():
+            return
         config = parse_config(argv)
         quiet_libraries()
         run(config, meter)

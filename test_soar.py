@@ -82,6 +82,16 @@ def small_config(**overrides) -> Config:
     return Config(**soar.PRESETS["tiny"] | sizes | overrides)
 
 
+PROCESS_COUNT = soar.process_count
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    """Other processes would not have a test's patches, and take seconds to start: only where --processes asks for them."""
+    monkeypatch.setattr(
+        soar, "process_count", lambda policy, config, jobs: PROCESS_COUNT(policy, config, jobs) if config.processes else 1)
+
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
@@ -1937,9 +1947,9 @@ def test_another_process_fails(toy, tmp_path):
     done = subprocess.run([sys.executable, str(tmp_path / "broken.py"), *argv], capture_output=True, text=True, timeout=300,
                           env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert (done.returncode, done.stderr) == (2, "soar: the disk of process 1 is full\n")
-    done = torchrun(tmp_path / "broken.py", *argv)
+    done = torchrun(tmp_path / "broken.py", *argv[:-4], "--out", str(tmp_path / "other"))
     assert done.returncode != 0 and "soar: the disk of process 1 is full" in done.stderr
-    assert not (tmp_path / "out" / "log.jsonl").exists()
+    assert not list(tmp_path.rglob("log.jsonl"))
 
 
 def children(process: subprocess.Popen) -> list[int]:
@@ -1988,19 +1998,19 @@ def test_how_many_processes(policy, monkeypatch):
     config = small_config()
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
     monkeypatch.setattr(soar, "free_memory", lambda: 64e9)
-    assert soar.process_count(policy, config, 16) == 8
-    assert soar.process_count(policy, config, 3) == 3
-    assert soar.process_count(policy, dataclasses.replace(config, processes=5), 3) == 5
+    assert PROCESS_COUNT(policy, config, 16) == 8
+    assert PROCESS_COUNT(policy, config, 3) == 3
+    assert PROCESS_COUNT(policy, dataclasses.replace(config, processes=5), 3) == 5
     monkeypatch.setattr(soar, "free_memory", lambda: 3e9)
-    assert soar.process_count(policy, config, 16) == 2
+    assert PROCESS_COUNT(policy, config, 16) == 2
     monkeypatch.setattr(soar, "free_memory", lambda: 1e6)
-    assert soar.process_count(policy, config, 16) == 1
+    assert PROCESS_COUNT(policy, config, 16) == 1
     policy.model = argparse.Namespace(device=torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert soar.process_count(policy, config, 16) == 1
-    assert soar.process_count(policy, dataclasses.replace(config, processes=4), 16) == 4
+    assert PROCESS_COUNT(policy, config, 16) == 1
+    assert PROCESS_COUNT(policy, dataclasses.replace(config, processes=4), 16) == 4
     with pytest.raises(UserError, match="GPU"):
-        soar.process_count(policy, dataclasses.replace(config, processes=5), 16)
+        PROCESS_COUNT(policy, dataclasses.replace(config, processes=5), 16)
 
 
 def test_resume_of_a_finished_run(toy, finished, tmp_path, capsys):
@@ -3204,6 +3214,20 @@ def test_an_interrupted_student_goes_on(tiny_runs, tmp_path, monkeypatch, capsys
     assert [path.suffix for path in (folders[1] / "eval").iterdir()] == [".pt"]
     part = evaluated(folders[1:], tmp_path / "b-out", "--methods", "pq")
     assert part["methods"] == whole["methods"] and len(steps) == 4 + 2  # measured after 2 of 4 steps
+
+
+def test_two_processes_evaluate_as_one(finished, tmp_path):
+    """A student of eval.py that depends on the process that made it, or that is kept under another name."""
+    flags = "--methods base,hard-only,ps,pq --steps 3 --synthetic-steps 1 --points 2 --seeds 2".split()
+    left = []
+    for number in ("1", "2"):
+        run = copy_of(finished, tmp_path / number / "run")
+        done = subprocess.run([sys.executable, str(ROOT / "eval.py"), str(run), *flags, "--processes", number],
+                              capture_output=True, text=True, timeout=300)
+        assert (done.returncode, done.stderr) == (0, "")
+        files = {file.name: file.read_text() for file in (run / "eval").iterdir() if file.name != soar.LOCK}
+        left.append((files, (run / "eval.md").read_text(encoding="utf-8")))
+    assert left[0] == left[1] and len(left[0][0]) >= 8
 
 
 def test_transfer_leaves_out_known_problems(finished, tmp_path, capsys):

@@ -659,7 +659,10 @@ def load_model(path: str, config: Config) -> tuple:
     Raises UserError when there is no such model, it is gated, or the network or the device is missing.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    use_own_attention()
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(1, device=device)
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -751,6 +754,38 @@ def by_process_0(function):
 
 
 # ======== 6. Sampler: how are completions drawn, fast, and from exactly the policy that is trained? ===================
+
+def attention(module, query, key, value, attention_mask, scaling: float | None = None, **more):
+    """transformers' "sdpa" attention without its copies: query [B, H, T, D] -> ([B, T, H, D], _).
+
+    H query heads share the key/value heads in groups, of 7 in Qwen2.5-0.5B. Kernels that know
+    nothing of groups want keys and values copied for every head. In a decode step that would be
+    the whole cache, for every token; but there T is 1, and the heads of a group are as good as so
+    many queries of one head. Everything else is left to transformers.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    B, H, T, D = query.shape
+    group = H // key.shape[1]
+    one_mask_for_all_heads = attention_mask is None or attention_mask.shape[1] == 1
+    if T == 1 and group > 1 and one_mask_for_all_heads and more.get("position_bias") is None:
+        query = query.reshape(B, H // group, group, D)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, scale=scaling)  # [B, H // group, group, D]
+        return out.reshape(B, 1, H, D), None
+    square = attention_mask is not None and attention_mask.shape[-2:] == (T, T)
+    if square and attention_mask.dtype == torch.bool:
+        # Padding sees itself: what a kernel makes of a query that sees nothing may be NaN, which
+        # the next layer's zero weights would not keep out.
+        attention_mask = attention_mask | torch.eye(T, dtype=torch.bool, device=query.device)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
+                                  **more)
+
+def use_own_attention() -> None:
+    """Every model whose attention is transformers' "sdpa" uses attention() from now on."""
+    from transformers import AttentionInterface
+    AttentionInterface.register("sdpa", attention)
+    # cuDNN's attention plans anew for every shape, and each decode step has a new one.
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 def eos_ids(model) -> set[int]:
     """A SET: instruct models end a turn with any of several tokens."""

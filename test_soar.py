@@ -48,13 +48,15 @@ transformers.logging.disable_progress_bar()
 # ======================================================================================================================
 
 
-def random_model(kind: str = "Llama", vocab: int = 32, eos=(1,), seed: int = 0):
+def random_model(kind: str = "Llama", vocab: int = 32, eos=(1,), seed: int = 0, **settings):
     """Two layers, width 32, weights large enough that the next token is far from uniform."""
     torch.manual_seed(seed)
-    config = getattr(transformers, kind + "Config")(
+    settings = dict(
         vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, pad_token_id=0, bos_token_id=None,
-        eos_token_id=list(eos))
+        eos_token_id=list(eos)) | settings
+    config = getattr(transformers, kind + "Config")(**settings)
+    soar.use_own_attention()  # as load_model() does
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -657,6 +659,60 @@ def test_sampling_equals_the_slow_way(kind, temperature):
     assert [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist())] == expected
     assert len(set(map(len, expected))) > 3  # rows did leave at different times
     assert all(not row[length:].any() for row, length in zip(tokens, lengths))
+
+
+WINDOW = {"sliding_window": 4, "head_dim": 8}  # shorter than the longest prompt
+GEMMA3 = {"layer_types": ["sliding_attention", "full_attention"], "tie_word_embeddings": False}
+
+
+@pytest.mark.parametrize("kind, settings", [
+    ("Llama", {}), ("Llama", {"num_key_value_heads": 1}), ("Qwen2", {}), ("Qwen3", {"head_dim": 8}),
+    ("Phi3", {}), ("Mistral", WINDOW), ("Gemma2", WINDOW), ("Gemma3Text", WINDOW | GEMMA3),
+    ("GPT2", {}), ("GPTNeoX", {}), ("Bloom", {"n_head": 4}),
+    ("OPT", {"ffn_dim": 64, "word_embed_proj_dim": 32})])
+def test_sampling_by_all_kinds_of_attention(kind, settings):
+    """Query heads paired with another group's keys, a sliding window or ALiBi lost, padding seen:
+    the tokens must be those of transformers' plainest attention, without cache and padding."""
+    model = random_model(kind, eos=range(0, 32, 5), **settings)
+    tokens, lengths, logprobs = soar.generate(model, PROMPTS, 5, 12, 0.7, uniforms(15, 12))
+    if kind != "Bloom":  # which has one implementation only
+        model.set_attn_implementation("eager")
+    expected = slow_sample(model, PROMPTS, 5, 12, 0.7, uniforms(15, 12))
+    assert [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist())] == expected
+    assert len(set(map(len, expected))) > 2
+    for row, completion in enumerate(expected):
+        rollout = Rollout(PROMPTS[row // 5], completion, "", False)
+        logprob = slow_logprob(model, rollout, 0.7).item()
+        assert logprobs[row].sum().item() == pytest.approx(logprob, abs=1e-3)
+
+
+def test_attention_copies_no_cache_and_leaves_no_query_blind(monkeypatch):
+    """Keys and values repeated for every query head at every token: most of the memory traffic of
+    decoding. And a padded query that sees nothing: NaN on some GPUs."""
+    model, seen = random_model("Qwen2", eos=range(0, 32, 5)), []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query, key, value, attn_mask=None, **more):
+        seen.append((query.shape, key.shape, attn_mask))
+        return real(query, key, value, attn_mask=attn_mask, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    soar.generate(model, PROMPTS, 5, 12, 1.0, uniforms(15, 12))
+    prefill, decoding = seen[:2], seen[2:]  # of two layers
+    assert all(query[0] == 3 for query, _, _ in prefill)
+    assert len(decoding) > 10 and all(key[1] == 2 for _, key, _ in decoding)
+    assert all(mask.any(-1).all() for _, _, mask in seen if mask is not None)
+
+
+def test_a_query_that_sees_nothing_sees_itself():
+    """Attention weights of a row without any key are 0 / 0."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 3, 4)  # [1, heads, T, D]
+    sees = torch.tensor([[0, 0, 0], [0, 1, 0], [0, 1, 1]]).bool()  # [T, T]
+    out, _ = soar.attention(torch.nn.Module(), q, k, v, sees[None, None])
+    sees[0, 0] = True
+    weights = (q @ k.mT / 2).masked_fill(~sees, -math.inf).softmax(-1)
+    torch.testing.assert_close(out, (weights @ v).transpose(1, 2))
 
 
 def test_sampling_frequencies():

@@ -52,6 +52,7 @@ import textwrap
 import time
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
@@ -1069,6 +1070,12 @@ def adamw_state(model) -> dict:
     zeros = lambda: [torch.zeros_like(p, dtype=torch.float32) for p in model.parameters()]
     return {"t": 0, "m": zeros(), "v": zeros()}
 
+PIECE = 1 << 24  # numbers that the optimizer works on at a time: temporaries of 64 MB each
+
+def pieces(*tensors) -> Iterator[tuple]:
+    """Tensors of one size -> tuples of views of them, PIECE numbers at a time."""
+    return zip(*(tensor.view(-1).split(PIECE) for tensor in tensors))
+
 @torch.no_grad()
 def adamw_step(model, state: dict, lr: float, config: Config, generator=None, betas=(0.9, 0.999)) -> float:
     """One AdamW step on p.grad, which is cleared -> the gradient's norm before clipping. Raises UserError on NaN.
@@ -1076,20 +1083,23 @@ def adamw_step(model, state: dict, lr: float, config: Config, generator=None, be
     m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  p <- p (1 - lr wd) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
     """
     params, (b1, b2) = list(model.parameters()), betas
-    norm = torch.stack([p.grad.float().norm() for p in params]).norm().item()
+    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in params]
+    norm = torch.stack(norms).norm().item()
     if not math.isfinite(norm):
         raise UserError("the loss or its gradient became NaN or infinite; nothing was saved from this step: "
                         "lower --student-lr or --teacher-lr and start a new run")
     scale = min(1.0, config.clip / (norm + 1e-6)) if config.clip else 1.0
     state["t"] += 1
     correct1, correct2 = 1 - b1 ** state["t"], 1 - b2 ** state["t"]
-    for p, m, v in zip(params, state["m"], state["v"], strict=True):
-        g = p.grad.float() * scale
-        m.lerp_(g, 1 - b1)
-        v.mul_(b2).addcmul_(g, g, value=1 - b2)
-        new = p.float() * (1 - lr * config.weight_decay) - lr * (m / correct1) / ((v / correct2).sqrt_() + 1e-8)
-        p.copy_(stochastic_round(new, generator) if p.dtype == torch.bfloat16 else new)
-        p.grad = None
+    for param, whole_m, whole_v in zip(params, state["m"], state["v"], strict=True):
+        for p, g, m, v in pieces(param, param.grad, whole_m, whole_v):
+            g = g.float() * scale
+            m.lerp_(g, 1 - b1)
+            v.mul_(b2).addcmul_(g, g, value=1 - b2)
+            root = (v / correct2).sqrt_() + 1e-8
+            new = p.float() * (1 - lr * config.weight_decay) - lr * (m / correct1) / root
+            p.copy_(stochastic_round(new, generator) if p.dtype == torch.bfloat16 else new)
+        param.grad = None
     return norm
 
 def learning_rate(peak: float, step: int, total: int, warmup: int) -> float:

@@ -938,6 +938,38 @@ def test_adamw_equals_torch(weight_decay, clip):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adamw_in_pieces_is_adamw(dtype, monkeypatch):
+    """Temporaries as long as the embedding; a piece left out, done twice, rounded otherwise."""
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **kwargs or {})
+            in_place = "_." in str(function)
+            if isinstance(result, torch.Tensor) and not function.is_view and not in_place:
+                made.append(result.numel())
+            return result
+
+    def step(piece):
+        monkeypatch.setattr(soar, "PIECE", piece)
+        torch.manual_seed(0)
+        module = torch.nn.ParameterList([torch.randn(40, 50).to(dtype), torch.randn(7).to(dtype)])
+        state, generator = soar.adamw_state(module), torch.Generator().manual_seed(0)
+        for _ in range(3):
+            for p in module:
+                p.grad = torch.randn(p.shape).to(dtype)
+            made.clear()
+            with Sizes():
+                soar.adamw_step(module, state, 1e-2, Config(weight_decay=0.1), generator)
+        return [*module, *state["m"], *state["v"]]
+
+    made = []
+    whole = step(10 ** 6)
+    assert max(made) == 2000
+    for piece in (1999, 64):
+        assert same(step(piece), whole)
+        assert max(made) == piece
+
+
 @pytest.mark.parametrize("value", [0.02, -0.02, 1.0, -3.25, 1.003, -1e-3, 1e-30, 0.0])
 def test_stochastic_rounding_is_unbiased(value):
     """Truncation, a carry that is lost, or negative numbers rounded the other way."""

@@ -319,7 +319,7 @@ def student(run: Run, method: str, seed: int, settings: Settings) -> dict:
 
 def train_and_measure(run: Run, batches, config: Config, settings: Settings, key: tuple, path: Path) -> dict:
     """The live model as a fresh student, measured --points times on the way, each time with a checkpoint to go on from."""
-    model, moments = run.policy.model, soar.adamw_state(run.policy.model)
+    model, moments = run.policy.model, None
     result = {"points": [], "reward": [], "rollouts": len(batches) * config.batch * config.group}
     if path.exists():
         with soar.whole(path, "delete it and this student starts again"):
@@ -340,6 +340,7 @@ def train_and_measure(run: Run, batches, config: Config, settings: Settings, key
         if step + 1 in stops:
             point(step + 1)
 
+    moments = moments or soar.adamw_state(model)
     if not result["points"]:
         point(0)
     done = len(result["reward"])

@@ -1065,9 +1065,10 @@ def stochastic_round(x, generator):
     noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
     return ((x.view(torch.int32) + noise) & -0x10000).view(torch.float32).to(torch.bfloat16)
 
-def adamw_state(model) -> dict:
-    """Moments of a fresh optimizer."""
-    zeros = lambda: [torch.zeros_like(p, dtype=torch.float32) for p in model.parameters()]
+def adamw_state(model, device=None) -> dict:
+    """Moments of a fresh optimizer, on the model's device or on another one."""
+    def zeros() -> list[torch.Tensor]:
+        return [torch.zeros_like(p, dtype=torch.float32, device=device) for p in model.parameters()]
     return {"t": 0, "m": zeros(), "v": zeros()}
 
 PIECE = 1 << 24  # numbers that the optimizer works on at a time: temporaries of 64 MB each
@@ -1502,6 +1503,7 @@ def teacher_update(policy: Policy, rollouts: list[Rollout], advantages, state: S
     device = policy.model.device
     move = lambda moments, to: {"t": moments["t"]} | {name: [x.to(to) for x in moments[name]] for name in "mv"}
     moments = move(state.moments, device)
+    state.moments = {}  # or the host would hold these beside the new ones: 16 bytes a weight
     lr = learning_rate(config.teacher_lr, state.step, config.steps, config.teacher_warmup)
     rounding = seeded(config.seed, "teacher", state.step, "rounding", device=device)
     restore(policy.model, state.teacher)
@@ -1675,7 +1677,7 @@ def run(config: Config, meter: Meter) -> None:
     hard_train, hard_test = split_hard(hard, config)
     print(f"{len(hard)} of {len(pool)} problems are fail@{config.k}: {len(hard_train)} for the reward, "
           f"{len(hard_test)} held out\n", flush=True)
-    state = load_checkpoint(folder) or State(policy.base, adamw_state(policy.model), policy.base)
+    state = load_checkpoint(folder) or State(policy.base, adamw_state(policy.model, "cpu"), policy.base)
     write_json(folder / "config.json", vars(config))
     while state.step < config.steps:
         meter("other")

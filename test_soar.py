@@ -1348,6 +1348,26 @@ def fresh_state(policy, **fields) -> soar.State:
     return soar.State(policy.base, soar.adamw_state(policy.model), policy.base, **fields)
 
 
+def test_teacher_moments_are_held_once(policy, monkeypatch):
+    """Old moments that stay on the host while the new ones arrive there: 16 bytes a weight. And
+    moments on the GPU while students train with their own: 22 instead of 14."""
+    with torch.device("meta"):
+        elsewhere = torch.nn.Linear(3, 2)
+    for device in ("cpu", None):
+        moments, device = soar.adamw_state(elsewhere, device), device or "meta"
+        assert {x.device.type for x in moments["m"] + moments["v"]} == {device}
+    state, config, update, held = fresh_state(policy), small_config(), soar.policy_update, []
+
+    def spy(*args):
+        held.append(state.moments)
+        return update(*args)
+
+    monkeypatch.setattr(soar, "policy_update", spy)
+    rollouts = soar.sample(policy, [policy.teacher_prompt()], 4, 12, config, soar.seeded(0))
+    soar.teacher_update(policy, rollouts, torch.tensor([1.0, -1.0, 1.0, -1.0]), state, config)
+    assert held == [{}] and state.moments["t"] == 1 and any(x.any() for x in state.moments["m"])
+
+
 @pytest.mark.parametrize("table, champion", [
     ([[0.1], [0.3]], (1, 0)), ([[0.5, 0.0], [0.3, 0.4]], (1, 1)), ([[0.3, 0.2, 0.4], [0.9, -0.3, 0.0]], (0, 0)),
     ([[0.0, 0.0], [0.0, 0.0]], (0, 1)), ([[-0.4, -0.2], [-0.1, -0.3]], (1, 0)),

@@ -88,7 +88,7 @@ class Settings:
     # --- This machine (empty or 0: as the run was made)
     device: str = ""  # cuda, cpu, ...
     threads: int = 0  # torch's CPU threads
-    sample_rows: int = 0  # completions sampled side by side
+    sample_tokens: int = 0  # tokens of prompts and completions sampled side by side
     micro_tokens: int = 0  # padded tokens in one backward pass
 
 def parse_settings(argv: list[str]) -> tuple[list[str], list[str], Settings]:
@@ -215,7 +215,7 @@ def read_config(folder: Path, settings: Settings) -> Config:
         raise UserError(f"{folder} is no run folder of soar.py (it has no config.json)")
     if not (folder / "report.json").is_file():
         raise UserError(f"the run in {folder} is not finished: continue it with soar.py --resume and its flags")
-    names = ("device", "threads", "sample_rows", "micro_tokens")
+    names = ("device", "threads", "sample_tokens", "micro_tokens")
     machine = {name: getattr(settings, name) for name in names if getattr(settings, name)}
     with soar.whole(folder / "config.json", "or it is of another version of soar.py: make the run again"):
         return Config(**json.loads((folder / "config.json").read_text()) | machine)

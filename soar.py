@@ -123,7 +123,7 @@ class Config:
     window: int = 3  # outer steps in the moving average (Table 3)
     promotion: bool = True  # --no-promotion keeps the student at the base model
     # --- Memory and report
-    sample_rows: int = 256  # completions sampled side by side: the KV cache's memory
+    sample_tokens: int = 131072  # prompt and completion tokens sampled side by side: the KV cache
     micro_tokens: int = 16384  # padded tokens in one backward pass: the activations' memory
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, about a third slower
     eval_samples: int = 32  # completions a problem behind pass@k in the final table (paper: 32)
@@ -135,13 +135,13 @@ PRESETS = {
             "teacher_tokens": 256, "teacher_warmup": 3, "pool": 1000, "checkpointing": True},
     "tiny": {"model": "tiny", "pool": 256, "temperature": 0.7, "steps": 12, "teacher_tokens": 40, "student_tokens": 24, "n": 32,
              "repeats": 2, "inner_steps": 20, "inner_extra": 0, "batch": 16, "group": 16, "student_lr": 7e-4,
-             "teacher_lr": 5e-4, "teacher_warmup": 0, "sample_rows": 1024, "micro_tokens": 1024, "threads": 1},
+             "teacher_lr": 5e-4, "teacher_warmup": 0, "micro_tokens": 1024, "threads": 1},
     "smoke": {"steps": 1, "n": 2, "datasets": 2, "repeats": 1, "inner_steps": 1, "batch": 2, "group": 4, "student_tokens": 48,
-              "teacher_tokens": 96, "k": 2, "pool": 16, "reward_questions": 4, "eval_samples": 2, "sample_rows": 16,
+              "teacher_tokens": 96, "k": 2, "pool": 16, "reward_questions": 4, "eval_samples": 2, "sample_tokens": 8192,
               "micro_tokens": 2048},
 }
-LEAST = dict.fromkeys("steps n k groups batch inner_steps repeats reward_questions window sample_rows micro_tokens eval_samples "
-                      "teacher_tokens student_tokens".split(), 1)  # the least value of a flag; of other numbers it is 0, but:
+LEAST = dict.fromkeys("steps n k groups batch inner_steps repeats reward_questions window sample_tokens "
+                      "micro_tokens eval_samples teacher_tokens student_tokens".split(), 1)  # the least value of a flag; of other numbers it is 0, but:
 LEAST |= {"temperature": 0.01, "datasets": 2, "group": 2, "seed": -math.inf, "data_seed": -math.inf, "tau": -math.inf}
 
 def config_help(settings: type) -> dict[str, dict[str, str]]:
@@ -936,15 +936,39 @@ class Rollout:
     truncated: bool  # the limit came before EOS
     logprob: float = math.nan  # ln p(completion | prompt), as sampled; greedy: 0; not sampled: NaN
 
-def sample(policy: Policy, prompts: list[list[int]], n: int, max_new_tokens: int, config: Config, generator=None):
-    """n rollouts of each prompt -> list of them, prompt by prompt; no generator: greedy. At most --sample-rows side by side."""
+def sample_parts(prompts: list[list[int]], n: int, max_new_tokens: int, budget: int,
+                 most: int) -> Iterator[tuple[list[list[int]], int, int]]:
+    """What is sampled side by side -> (prompts, number of their first row, rows of each prompt).
+
+    A row's cache is as long as the longest prompt of its part and max_new_tokens together. A part
+    has at most `budget` tokens and `most` rows, but at least one row. It is some prompts with all
+    n rows of each or, where n alone is too wide, one prompt with some of its rows.
+
+    >>> list(sample_parts([[1], [2], [3, 4]], 2, 3, budget=16, most=9))  # rows of 4, 4, 5 tokens
+    [([[1], [2]], 0, 2), ([[3, 4]], 4, 2)]
+    """
+    def fit(part: list[list[int]]) -> int:
+        rows = budget // (max(map(len, part)) + max_new_tokens)
+        return max(1, min(rows, most))
+
+    start = 0
+    while start < len(prompts):
+        stop = start + 1
+        while stop < len(prompts) and (stop + 1 - start) * n <= fit(prompts[start:stop + 1]):
+            stop += 1
+        part = prompts[start:stop]
+        width = min(n, fit(part))
+        for row in range(0, n, width):
+            yield part, start * n + row, min(n - row, width)
+        start = stop
+
+def sample(policy: Policy, prompts: list[list[int]], n: int, max_new_tokens: int, config: Config,
+           generator=None) -> list[Rollout]:
+    """n rollouts of each prompt, prompt by prompt, in parts; without a generator greedy."""
     B, eos = len(prompts) * n, eos_ids(policy.model)
     uniforms = None if generator is None else torch.rand(B, max_new_tokens, generator=generator)
-    side_by_side = config.sample_rows if policy.alone else min(config.sample_rows, math.ceil(B / RANKS))
-    # A part is some prompts with all n rows of each or, where n alone is too wide, one prompt with some of its rows.
-    step, width = max(1, side_by_side // n), min(n, side_by_side)
-    parts = [(prompts[i:i + step], i * n + j, min(n - j, width))  # (prompts, first of all their rows, rows of each)
-             for i in range(0, len(prompts), step) for j in range(0, n, width)]
+    most = B if policy.alone else math.ceil(B / RANKS)  # rows side by side, or processes would idle
+    parts = list(sample_parts(prompts, n, max_new_tokens, config.sample_tokens, most))
 
     def draw(number: int) -> list[Rollout]:
         chunk, first, width = parts[number]
@@ -1437,7 +1461,8 @@ def learnability_rewards(policy: Policy, datasets: list[list[Problem]], state: S
 # The state is written after each outer step, and holds all that the next one needs. A run that is killed in between repeats
 # the step from the last checkpoint and, all randomness being a function of (seed, step), writes the same files again.
 
-RESUMABLE = ("resume", "out", "sample_rows", "micro_tokens", "checkpointing", "threads", "cache", "device")  # may differ then
+RESUMABLE = ("resume", "out", "sample_tokens", "micro_tokens", "checkpointing", "threads", "cache",
+             "device")  # may differ then
 
 def check_folder(config: Config) -> None:
     """Raises UserError when --out holds something that this command must not touch or cannot continue."""
@@ -1727,7 +1752,7 @@ def guarded(program: str, work, meter: Meter, again: list[str]) -> int:
         if type(error) is RuntimeError and not broken_off and "allocate memory" not in str(error):  # so PyTorch says it on a CPU
             raise
         train = "lower --micro-tokens or add --checkpointing"
-        advice = {"sampling": "lower --sample-rows", "log-probs": train, "backward": train}
+        advice = {"sampling": "lower --sample-tokens", "log-probs": train, "backward": train}
         advice = advice.get(meter.phase, "take a smaller --model")
         sentence = f"out of memory (phase: {meter.phase}); {advice} and go on with: {again}"
         if broken_off:

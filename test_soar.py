@@ -740,7 +740,7 @@ def test_generate_reports_the_log_probabilities_of_its_tokens(temperature):
 
 def test_rollouts_carry_the_log_probability_of_their_sampling(policy):
     """The temperature forgotten between sampler and rollout, or rows of one part given the figures of another."""
-    config = small_config(sample_rows=5)
+    config = small_config(sample_tokens=200)
     prompts = [policy.student_prompt(problem) for problem in single_products(soar.make_world(0))[:3]]
     rollouts = soar.sample(policy, prompts, 4, 12, config, soar.seeded("logprobs"))
     expected = soar.completion_logprobs(policy.model, rollouts, config.temperature)
@@ -772,23 +772,45 @@ def test_generate_refuses_train_mode():
         soar.generate(random_model().train(), PROMPTS, 1, 2)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5, 7, 1000])
-def test_sample_in_parts(rows, policy):
-    """--sample-rows below, at and above n must not lose, double or swap completions."""
+@pytest.mark.parametrize("budget", [1, 40, 200, 300, 10 ** 6])
+def test_sample_in_parts(budget, policy):
+    """--sample-tokens for less than a row, some rows of a prompt, one prompt, all prompts: a
+    completion lost, doubled or swapped."""
     problems = single_products(soar.make_world(0))[:3]
     prompts = [policy.student_prompt(problem) for problem in problems]
     greedy = [r.text for r in soar.sample(policy, prompts, 1, 12, small_config())]
     assert len(set(greedy)) == 3
-    rollouts = soar.sample(policy, prompts, 5, 12, small_config(sample_rows=rows))
+    rollouts = soar.sample(policy, prompts, 5, 12, small_config(sample_tokens=budget))
     assert [r.prompt for r in rollouts] == [prompt for prompt in prompts for _ in range(5)]
     assert [r.text for r in rollouts] == [text for text in greedy for _ in range(5)]
 
 
-def test_sample_rows_change_no_sample(policy):
-    """Parts that start from the same random numbers would repeat each other; and memory must not decide what is sampled."""
+@pytest.mark.parametrize("n, most", [(1, 1000), (3, 1000), (8, 1000), (8, 3)])
+def test_sample_parts_hold_all_within_the_budget(n, most):
+    """One long prompt, which decides how long the cache of every row is, must narrow its own part
+    and no other."""
+    rng = random.Random(0)
+    prompts = [[1] * rng.choice((2, 3, 4, 40)) for _ in range(30)]
+    for budget in (1, 60, 200, 10 ** 6):
+        parts = list(soar.sample_parts(prompts, n, 8, budget, most))
+        rows = [first + i for part, first, width in parts for i in range(len(part) * width)]
+        assert rows == list(range(30 * n))
+        assert all(part[0] is prompts[first // n] for part, first, _ in parts)
+        for part, _, width in parts:
+            rows, longest = len(part) * width, max(map(len, part))
+            assert rows == 1 or rows <= most and rows * (longest + 8) <= budget
+    assert len(parts) == 1 or most < 30 * n
+
+
+def test_sample_tokens_change_no_sample(policy):
+    """Parts that start from the same random numbers would repeat each other; and memory must not
+    decide what is sampled."""
     prompts = [policy.teacher_prompt(), policy.student_prompt(Problem("a= 4*5", ""))]
-    texts = [[r.text for r in soar.sample(policy, prompts, 12, 40, small_config(sample_rows=rows), soar.seeded("parts"))]
-             for rows in (1000, 12, 5)]
+    texts = []
+    for budget in (10 ** 6, 600, 250):
+        config = small_config(sample_tokens=budget)
+        rollouts = soar.sample(policy, prompts, 12, 40, config, soar.seeded("parts"))
+        texts.append([rollout.text for rollout in rollouts])
     assert texts[0] == texts[1] == texts[2] and len(set(texts[0][:12])) > 6
 
 
@@ -1512,7 +1534,8 @@ def toy(base, cache, tmp_path_factory):
         "--teacher-prompt", f"{folder}/teacher.txt", "--cache", str(cache),
         *("--preset smoke --threads 1 --device cpu --steps 6 --n 4 --repeats 2 --inner-steps 3 --inner-extra 1 "
           "--seed 1 --batch 4 --group 8 --k 2 --pool 24 --reward-questions 8 --eval-samples 4 --tau -0.9 --window 2 "
-          "--student-tokens 24 --teacher-tokens 40 --student-lr 1e-2 --teacher-lr 1e-3 --sample-rows 64 "
+          "--student-tokens 24 --teacher-tokens 40 --student-lr 1e-2 --teacher-lr 1e-3 "
+          "--sample-tokens 4096 "
           "--micro-tokens 150").split()]
 
 
@@ -1789,7 +1812,8 @@ def no_cpu_memory(*_):
 
 
 @pytest.mark.parametrize("fail", [no_memory, no_gpu_memory, no_cpu_memory])
-@pytest.mark.parametrize("function, flag", [("generate", "--sample-rows"), ("completion_logprobs", "--micro-tokens")])
+@pytest.mark.parametrize("function, flag", [
+    ("generate", "--sample-tokens"), ("completion_logprobs", "--micro-tokens")])
 def test_out_of_memory(function, flag, fail, toy, tmp_path, monkeypatch, capsys):
     """The message must name the flag that lowers the memory of what was going on."""
     monkeypatch.setattr(soar, function, fail)

@@ -1228,12 +1228,32 @@ def test_flat_groups_stay_in_the_denominator(update_gradient):
     assert (with_flat - alone * 8 / 12).norm() < 1e-4 * alone.norm()
 
 
+def test_sampler_gap_shows_when_another_policy_was_sampled():
+    """Sampling at one temperature and training at another, or by other weights, goes unnoticed."""
+    policy, config = bare_policy(random_model()), small_config(kl=0.0, temperature=0.7)
+    advantages = soar.rloo_advantages(torch.arange(12.0) ** 2 % 7, 4)
+
+    def gap(temperature):
+        luck = uniforms(12, 10, 3)
+        tokens, lengths, logprobs = soar.generate(policy.model, PROMPTS, 4, 10, temperature, luck)
+        rollouts = []
+        for i, length in enumerate(lengths):
+            completion, logprob = tokens[i, :length].tolist(), logprobs[i].sum().item()
+            rollouts.append(Rollout(PROMPTS[i // 4], completion, "", False, logprob))
+        state = soar.adamw_state(policy.model)
+        return soar.policy_update(policy, rollouts, advantages, state, 0.0, config)["sampler_gap"]
+
+    assert gap(0.7) < 1e-5
+    assert gap(1.0) > 0.05
+
+
 def test_update_without_signal_changes_nothing():
     """With all groups flat there is no gradient at all: moments and weights must stay, not decay."""
     policy = bare_policy(random_model(), random_model(seed=1))
     state = soar.adamw_state(policy.model)
     figures = soar.policy_update(policy, some_rollouts(policy.model), torch.zeros(12), state, 1.0, small_config())
-    assert figures == {"grad_norm": 0.0, "kl": 0.0} and state["t"] == 0 and same(policy.model.parameters(), policy.base)
+    assert figures == {"grad_norm": 0.0, "kl": 0.0, "sampler_gap": 0.0} and state["t"] == 0
+    assert same(policy.model.parameters(), policy.base)
 
 
 # ======================================================================================================================

@@ -654,8 +654,25 @@ def read_prompt(path: str, builtin: str, must_contain: str = "") -> str:
         raise UserError(f"the prompt file {path} must contain {must_contain or 'some text'}")
     return text
 
+def choose_dtype(device: str) -> torch.dtype:
+    """bfloat16, but float32 where that is slow: on a CPU, and on GPUs before Ampere (sm_80).
+
+    (Those, as the T4, are fast in float16; but its gradients need a loss scale, and a wrong one
+    shows in nothing but a student that learns less.)
+    """
+    old = device.startswith("cuda") and torch.cuda.get_device_capability(device) < (8, 0)
+    return torch.float32 if device == "cpu" or old else torch.bfloat16
+
+def missing_gpu() -> str:
+    """Why torch has no CUDA: no GPU, too old a driver, a build without it; "" where it has."""
+    try:
+        torch.cuda.init()
+    except (AssertionError, RuntimeError) as error:
+        return str(error).strip().split("\n")[0]
+    return ""
+
 def load_model(path: str, config: Config) -> tuple:
-    """(model, tokenizer) from the hub or a folder, in eval mode: bfloat16 on a GPU, float32 on a CPU (where bfloat16 is slow).
+    """(model, tokenizer) from the hub or a folder, in eval mode.
 
     Raises UserError when there is no such model, it is gated, or the network or the device is missing.
     """
@@ -667,7 +684,7 @@ def load_model(path: str, config: Config) -> tuple:
     try:
         torch.empty(1, device=device)
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=choose_dtype(device))
         model = model.to(device).eval()
     except (torch.OutOfMemoryError, MemoryError):
         raise
@@ -1615,7 +1632,10 @@ def print_plan(pool: list[Problem], policy: Policy, config: Config) -> None:
                      does not train; 0 where s is 0"""
     if config.reward == "learnability" or not config.promotion:
         promotion = "nobody is promoted in this run"
-    print(f"""SOAR on {config.dataset}: {len(pool)} problems, model {config.model}, {policy.model.device}, folder {config.out}
+    where = f"{str(policy.model.dtype).removeprefix('torch.')} on {policy.model.device}"
+    if config.device == "auto" and (reason := missing_gpu()):
+        where += f" (no GPU: {reason})"
+    print(f"""SOAR on {config.dataset}: {len(pool)} problems, model {config.model}, {where}, folder {config.out}
   filter      keep the problems that the model fails {config.k} times of {config.k}: at most {len(pool) * config.k:,} completions
   outer step  the teacher writes {K} datasets of {n} problems;
               {work}: {students:,} student completions

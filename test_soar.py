@@ -1819,6 +1819,31 @@ def test_empty_hard_set(toy, tmp_path, monkeypatch, capsys):
     assert not out.exists()
 
 
+@pytest.mark.parametrize("error", [
+    AssertionError("Torch not compiled with CUDA enabled"),
+    RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nMore.")])
+def test_the_plan_says_why_there_is_no_gpu(error, policy, monkeypatch, capsys):
+    """A driver older than torch's CUDA looks like no GPU: an afternoon on the CPU, unnoticed."""
+    def init():
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "init", init)
+    soar.print_plan([], policy, small_config())
+    assert f"float32 on cpu (no GPU: {str(error).splitlines()[0]})" in capsys.readouterr().out
+    soar.print_plan([], policy, small_config(device="cpu"))
+    assert "float32 on cpu," in capsys.readouterr().out
+
+
+def test_choose_dtype(monkeypatch):
+    """bfloat16 on a T4, which emulates it at a quarter of the speed."""
+    assert soar.choose_dtype("cpu") == torch.float32
+    capability = None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    bfloat16 = torch.bfloat16
+    for capability, dtype in (((7, 5), torch.float32), ((8, 0), bfloat16), ((12, 0), bfloat16)):
+        assert soar.choose_dtype("cuda") == soar.choose_dtype("cuda:1") == dtype
+
+
 def no_memory(*_):
     raise MemoryError
 

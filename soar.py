@@ -709,10 +709,16 @@ def restore(model, weights: list[torch.Tensor]) -> None:
     for p, w in zip(model.parameters(), weights, strict=True):
         p.copy_(w)
 
+def enable_checkpointing(model) -> None:
+    """In train mode the backward pass computes activations again instead of keeping them."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    enable = enable or model.gradient_checkpointing_enable  # its name before transformers 5.24
+    enable({"use_reentrant": False})
+
 def load_policy(path: str, config: Config, meter: Meter) -> Policy:
     model, tokenizer = load_model(path, config)
     if config.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     builtin = (TINY_TEACHER_PROMPT, TINY_STUDENT_PROMPT) if config.dataset == "tiny" else (TEACHER_PROMPT, STUDENT_PROMPT)
     return Policy(model, copy.deepcopy(model) if config.kl else None, tokenizer,
                   read_prompt(config.teacher_prompt, builtin[0]), read_prompt(config.student_prompt, builtin[1], "{problem}"),
@@ -1310,7 +1316,7 @@ def tiny_base_model(config: Config) -> str:
     building = Path(f"{folder}.{os.getpid()}.tmp")  # renamed when complete, so a killed run leaves no half model behind
     building.mkdir(parents=True)
     tokenizer = tiny_tokenizer(building)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # of the CPU only: by default it touches every GPU
         torch.manual_seed(int(fingerprint(config.data_seed, "initial weights"), 16) >> 1)
         model = LlamaForCausalLM(LlamaConfig(
             vocab_size=len(VOCABULARY), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -1761,6 +1767,13 @@ def quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Of a CPU, and of memory that a CUDA library asked for, PyTorch says it in words only."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    words = "allocate memory|not enough memory|out of memory|ALLOC_FAILED"
+    return re.search(words, str(error)) is not None
+
 def guarded(program: str, work, meter: Meter, again: list[str]) -> int:
     """work() as an exit code: 0; 2 after a mistake that the user can mend, said in one sentence; 130 after Ctrl-C.
 
@@ -1776,7 +1789,7 @@ def guarded(program: str, work, meter: Meter, again: list[str]) -> int:
         code, sentence = 130, f"interrupted; all complete steps are saved, continue with: {again}"
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         broken_off = RANKS > 1 and re.search("gloo|nccl", str(error), re.IGNORECASE)
-        if type(error) is RuntimeError and not broken_off and "allocate memory" not in str(error):  # so PyTorch says it on a CPU
+        if not is_out_of_memory(error) and not broken_off:
             raise
         train = "lower --micro-tokens or add --checkpointing"
         advice = {"sampling": "lower --sample-tokens", "log-probs": train, "backward": train}

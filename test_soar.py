@@ -1199,7 +1199,7 @@ def test_micro_batches_do_not_change_the_gradient(overrides, update_gradient):
     advantages = soar.rloo_advantages(torch.arange(12.0) ** 2 % 7, 4)
     whole = update_gradient(policy, rollouts, advantages, kl=0.1, micro_tokens=10 ** 6)
     if overrides.get("checkpointing"):
-        policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        soar.enable_checkpointing(policy.model)
     parts = update_gradient(policy, rollouts, advantages, kl=0.1, **overrides)
     assert whole.norm() > 1 and (parts - whole).norm() < 1e-4 * whole.norm()
     assert not policy.model.training  # or the sampler would refuse
@@ -1864,6 +1864,29 @@ def test_out_of_memory(function, flag, fail, toy, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(soar, function, fail)
     argv = [*toy, "--out", str(tmp_path / "run"), "--cache", str(tmp_path / "cache")]
     refused(capsys, argv, "memory", flag, "--resume")
+
+
+@pytest.mark.parametrize("error, memory", [
+    (MemoryError(), True),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), True),
+    (torch.AcceleratorError("CUDA error: out of memory"), True),
+    (torch.AcceleratorError("CUDA error: device-side assert triggered"), False),
+    (torch.AcceleratorError("CUDA error: no kernel image is available"), False),
+    (torch.distributed.DistBackendError("NCCL error: unhandled system error"), False),
+    (NotImplementedError("no such operator"), False)])
+def test_only_memory_is_called_out_of_memory(error, memory, capsys):
+    """Advice to lower --micro-tokens after a failed assertion on the GPU: a day is lost."""
+    def work():
+        raise error
+
+    if memory:
+        assert soar.guarded("soar", work, soar.Meter(), ["python"]) == 2
+        assert "out of memory" in capsys.readouterr().err
+    else:
+        with pytest.raises(type(error)):
+            soar.guarded("soar", work, soar.Meter(), ["python"])
 
 
 def test_nan_in_mid_run(toy, finished, tmp_path, capsys, monkeypatch):

@@ -17,8 +17,9 @@ trains on them, and the teacher is paid by how much better the student then does
 
 What to type (times and memory: README.md):
     python soar.py                                   all of it on a built-in tiny world, on a laptop, in minutes
-    python soar.py --dataset math                    real problems from the hub, sized for one GPU with 16-24 GB
-    python soar.py --dataset math --preset paper     Table 3 of the paper: weeks on one GPU
+    python soar.py --dataset math                    real problems; an afternoon on a 15-24 GB GPU
+    python soar.py --dataset math --preset long      more of everything on the same GPU
+    python soar.py --dataset math --preset paper     Table 3 of the paper; weeks on an 80 GB GPU
     python soar.py --dataset FILE.jsonl --model DIR  your problems (fields problem and answer), your model
     torchrun --nproc_per_node=8 -- soar.py ...       the same on 8 GPUs, which share the students, the samples and the update
     python soar.py --help                            every knob, its default and where the default comes from
@@ -77,7 +78,7 @@ class UserError(Exception):
 class Config:
     # --- The run
     dataset: str = "tiny"  # tiny, math, harp, olympiad, or a FILE.jsonl with problem/answer (or question/answer) fields
-    preset: str = "auto"  # tiny, gpu (one 16-24 GB card), paper (Table 3), smoke (minutes on a CPU); auto: tiny or gpu
+    preset: str = "auto"  # tiny, class, long, paper or smoke (see above); auto: tiny or class
     model: str = "unsloth/Llama-3.2-3B-Instruct"  # hub id or local folder (this one: the ungated copy of the paper's)
     seed: int = 0  # every random choice of the run
     data_seed: int = 0  # the tiny world, the fail@k samples and the train/test split: shared by runs that are compared
@@ -128,17 +129,40 @@ class Config:
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, about a third slower
     eval_samples: int = 32  # completions a problem behind pass@k in the final table (paper: 32)
 
+# For which machine a preset is: its memory is counted with every completion at its limit.
+MACHINES = {
+    "tiny": "any CPU: the tiny world, in minutes",
+    "class": "one GPU with 15 GB or more, 20 GB of RAM: a short run, for an afternoon",
+    "long": "one GPU with 15 GB or more, 20 GB of RAM: more steps, students and tokens",
+    "paper": "one GPU with 80 GB (or several): Table 3; weeks on one",
+    "smoke": "any CPU or GPU: does it run at all?",
+}
 # Only what differs from the defaults above, which are the paper's.
+SMALL_GPU = {
+    "model": "Qwen/Qwen2.5-0.5B-Instruct", "n": 16, "group": 16, "teacher_warmup": 3,
+    "checkpointing": True, "micro_tokens": 8192,
+}
 PRESETS = {
-    "paper": {"groups": 2},
-    "gpu": {"model": "Qwen/Qwen2.5-0.5B-Instruct", "steps": 30, "n": 16, "repeats": 2, "group": 16, "student_tokens": 512,
-            "teacher_tokens": 256, "teacher_warmup": 3, "pool": 1000, "checkpointing": True},
-    "tiny": {"model": "tiny", "pool": 256, "temperature": 0.7, "steps": 12, "teacher_tokens": 40, "student_tokens": 24, "n": 32,
-             "repeats": 2, "inner_steps": 20, "inner_extra": 0, "batch": 16, "group": 16, "student_lr": 7e-4,
-             "teacher_lr": 5e-4, "teacher_warmup": 0, "micro_tokens": 1024, "threads": 1},
-    "smoke": {"steps": 1, "n": 2, "datasets": 2, "repeats": 1, "inner_steps": 1, "batch": 2, "group": 4, "student_tokens": 48,
-              "teacher_tokens": 96, "k": 2, "pool": 16, "reward_questions": 4, "eval_samples": 2, "sample_tokens": 8192,
-              "micro_tokens": 2048},
+    "tiny": {
+        "model": "tiny", "pool": 256, "temperature": 0.7, "teacher_tokens": 40,
+        "student_tokens": 24, "steps": 12, "n": 32, "teacher_lr": 5e-4, "teacher_warmup": 0,
+        "repeats": 2, "inner_steps": 20, "inner_extra": 0, "batch": 16, "group": 16,
+        "student_lr": 7e-4,
+        "micro_tokens": 1024, "threads": 1,
+    },
+    "class": SMALL_GPU | {
+        "steps": 10, "repeats": 1, "inner_steps": 8, "pool": 300,
+        "student_tokens": 320, "teacher_tokens": 192,
+    },
+    "long": SMALL_GPU | {
+        "steps": 30, "repeats": 2, "pool": 1000, "student_tokens": 512, "teacher_tokens": 256,
+    },
+    "paper": {"groups": 2, "checkpointing": True, "sample_tokens": 262144},
+    "smoke": {
+        "k": 2, "pool": 16, "steps": 1, "n": 2, "datasets": 2, "repeats": 1, "inner_steps": 1,
+        "batch": 2, "group": 4, "student_tokens": 48, "teacher_tokens": 96, "reward_questions": 4,
+        "eval_samples": 2, "sample_tokens": 8192, "micro_tokens": 2048,
+    },
 }
 LEAST = dict.fromkeys("steps n k groups batch inner_steps repeats reward_questions window sample_tokens "
                       "micro_tokens eval_samples teacher_tokens student_tokens".split(), 1)  # the least value of a flag; of other numbers it is 0, but:
@@ -172,8 +196,11 @@ def parse_flags(parser: argparse.ArgumentParser, settings: type, argv: list[str]
 
 def parse_config(argv: list[str]) -> Config:
     """Command line -> Config. Flags win over the preset, the preset over the defaults. Raises UserError on bad values."""
-    presets = "\n".join(textwrap.fill(f"  {name:6}" + " ".join(f"{k}={v}" for k, v in preset.items()), 100,
-                                      subsequent_indent=" " * 8) for name, preset in PRESETS.items())
+    presets = ""
+    for name, preset in PRESETS.items():
+        settings = " ".join(f"{field}={value}" for field, value in preset.items())
+        presets += f"  {name:8}for {MACHINES[name]}\n"
+        presets += textwrap.indent(textwrap.fill(settings, 80), " " * 10) + "\n"
     flags = parse_flags(argparse.ArgumentParser(
         usage="python soar.py [--dataset NAME] [--preset NAME] [flags]", allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -181,7 +208,7 @@ def parse_config(argv: list[str]) -> Config:
                     f"change only what they name:\n{presets}"), Config, argv)
     preset = flags.get("preset", "auto")
     if preset == "auto":
-        preset = "tiny" if flags.get("dataset", "tiny") == "tiny" else "gpu"
+        preset = "tiny" if flags.get("dataset", "tiny") == "tiny" else "class"
     if preset not in PRESETS:
         raise UserError(f"--preset {preset} does not exist; choose one of {', '.join(PRESETS)}")
     config = Config(**PRESETS[preset] | flags | {"preset": preset})

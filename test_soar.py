@@ -133,10 +133,32 @@ def test_flags_win_over_the_preset_and_the_preset_over_defaults():
     config = soar.parse_config(["--preset", "tiny", "--n", "64"])
     assert (config.n, config.inner_steps, config.repeats, config.tau) == (64, 20, 2, Config.tau)
     config = soar.parse_config(["--dataset", "x/problems.jsonl", "--seed", "3", "--no-promotion"])
-    assert (config.preset, config.out, config.promotion) == ("gpu", "runs/problems-3", False)
+    assert (config.preset, config.out, config.promotion) == ("class", "runs/problems-3", False)
     paper = dataclasses.asdict(soar.parse_config(["--dataset", "math", "--preset", "paper"]))
     changed = {name for name, value in paper.items() if value != getattr(Config, name)}
+    changed -= {"sample_tokens", "micro_tokens", "checkpointing"}  # memory: they change no result
     assert changed == {"dataset", "preset", "out", "groups"}  # nothing else may differ from Table 3
+
+
+def test_presets_name_a_machine_and_fit_it(capsys):
+    """A preset that does not fit its card: out of memory after an hour. Here the floor of it:
+    weights, reference, a student's moments, and the gradients or the sampler's cache."""
+    with pytest.raises(SystemExit):
+        soar.parse_config(["--help"])
+    screen = " ".join(capsys.readouterr().out.split())
+    assert soar.MACHINES.keys() == soar.PRESETS.keys()
+    assert all(machine in screen for machine in soar.MACHINES.values())
+    # Weights, layers, key/value heads, head size and bytes a number:
+    qwen = (494e6, 24, 2, 64, 4)  # Qwen2.5-0.5B in float32
+    llama = (3213e6, 28, 8, 128, 2)  # Llama-3.2-3B in bfloat16
+    sizes = {"class": qwen, "long": qwen, "paper": llama}
+    for name, (weights, layers, heads, head, width) in sizes.items():
+        card = int(re.search(r"(\d+) GB", soar.MACHINES[name])[1]) * 1e9
+        config = soar.parse_config(["--dataset", "math", "--preset", name])
+        resident = weights * (2 * width + 8)
+        cache = config.sample_tokens * 2 * layers * heads * head * width
+        assert resident + max(cache, weights * width) < 0.9 * card
+        assert config.checkpointing
 
 
 def test_every_field_has_help(capsys):

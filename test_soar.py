@@ -2099,6 +2099,42 @@ def test_an_interrupted_student_goes_on(tiny_runs, tmp_path, monkeypatch, capsys
     assert part["methods"] == whole["methods"] and len(steps) == 4 + 2  # measured after 2 of 4 steps
 
 
+def test_an_interrupted_student_holds_its_moments_once(tiny_runs, tmp_path, monkeypatch):
+    """Fresh moments beside the loaded ones: 8 bytes a weight more than before the interruption."""
+    folder, path = copy_of(tiny_runs["grounded"], tmp_path / "run"), tmp_path / "student.pt"
+    settings = eval_.Settings(samples=32, points=2)
+    run = eval_.open_run(folder, eval_.read_config(folder, settings), settings)
+    result = {"points": [{"step": 0, "right": [0]}], "reward": [], "rollouts": 0}
+    moments = soar.adamw_state(run.policy.model)
+    torch.save({"weights": run.policy.base, "moments": moments, "result": result}, path)
+    monkeypatch.setattr(soar, "adamw_state", None)
+    batches = soar.epochs(run.train, 2, run.config.batch, soar.seeded("order"))
+    result = eval_.train_and_measure(run, batches, run.config, settings, ("key",), path)
+    assert len(result["points"]) == 3
+
+
+@pytest.mark.parametrize("preset, hard", [
+    ("class", 100), ("class", 300), ("long", 500), ("paper", 720), ("smoke", 16)])
+@pytest.mark.parametrize("reward", ["grounded", "learnability"])
+def test_evaluation_takes_no_longer_than_the_run(preset, hard, reward):
+    """The paper's 1,500 steps by default: nine times the completions of the run whose claim they
+    check. And rows of one table that differ in length: a learnability run samples a tenth."""
+    config = soar.parse_config(["--dataset", "math", "--preset", preset, "--reward", reward])
+    run = eval_.Run(Path(), config, None, [None] * (hard // 2), [None] * (hard // 2), [], "", [])
+    settings = eval_.sized(eval_.Settings(), run)
+    grounded, questions = dataclasses.replace(config, reward="grounded"), config.reward_questions
+    whole = config.steps * soar.student_completions(grounded, 0, min(hard // 2, questions))
+    measured = hard // 2 * settings.samples
+    fresh = settings.steps * config.batch * config.group + (settings.points + 1) * measured
+    assert 1 <= settings.points <= settings.steps <= 1500
+    assert settings.synthetic_steps <= settings.steps / 2
+    if preset != "smoke":  # which is too short for anything
+        assert 2 * fresh + 2 * measured <= whole
+        assert settings.steps == 1500 or 2 * fresh + 2 * measured > 0.9 * whole
+    given = eval_.sized(eval_.Settings(steps=1500, points=7), run)
+    assert (given.steps, given.points, given.synthetic_steps) == (1500, 7, 64)
+
+
 def test_transfer_leaves_out_known_problems(finished, tmp_path, capsys):
     """Problems of the other set that SOAR has trained on must not count as transfer, however they are spaced."""
     run, other = copy_of(finished, tmp_path / "run"), tmp_path / "other.jsonl"

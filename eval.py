@@ -73,9 +73,9 @@ class Settings:
     seeds: int = 1  # students (or, where none is trained, samplings) a run folder
     seed: int = 0  # the first of them
     samples: int = 32  # completions a problem behind pass@k (paper: 32)
-    points: int = 20  # measurements during a fresh student's training
-    # --- Fresh students (0: as the data set wants it)
-    steps: int = 0  # RLOO steps; 0: 1500, the paper's most; tiny: 200
+    points: int = 0  # measurements during a fresh student's training; 0: at most 20
+    # --- Fresh students
+    steps: int = 0  # RLOO steps (paper: 1500); 0: no longer than the run; tiny: 200
     warmup: int = 20  # steps of linear warm-up, except in a curriculum (Table 3)
     mix: str = "auto"  # curriculum: synthetic, then hard; mixed: both throughout; auto: mixed on harp and olympiad (paper)
     synthetic_steps: int = 64  # of a curriculum (paper, MATH)
@@ -89,7 +89,7 @@ class Settings:
     device: str = ""  # cuda, cpu, ...
     processes: int = 0  # share the students among so many; 0: on CPUs as many as there are cores, on GPUs one
     threads: int = 0  # torch's CPU threads in each process
-    sample_rows: int = 0  # completions sampled side by side
+    sample_tokens: int = 0  # tokens of prompts and completions sampled side by side
     micro_tokens: int = 0  # padded tokens in one backward pass
 
 def parse_settings(argv: list[str]) -> tuple[list[str], list[str], Settings]:
@@ -104,8 +104,9 @@ def parse_settings(argv: list[str]) -> tuple[list[str], list[str], Settings]:
     methods = list(METHODS) if s.methods == "all" else [name.strip() for name in s.methods.split(",")]
     unknown = ",".join(name for name in methods if name not in METHODS)
     for bad, sentence in (
-            (min(s.seeds, s.points, s.questions) < 1, "--seeds, --points and --questions must be at least 1"),
-            (min(s.steps, s.warmup, s.synthetic_steps) < 0, "--steps, --warmup and --synthetic-steps must be at least 0"),
+            (min(s.seeds, s.questions) < 1, "--seeds and --questions must be at least 1"),
+            (min(s.steps, s.points, s.warmup, s.synthetic_steps) < 0,
+             "--steps, --points, --warmup and --synthetic-steps must be at least 0"),
             (s.samples < max(KS), f"pass@{max(KS)} needs at least {max(KS)} samples a problem; --samples is {s.samples}"),
             (s.mix not in ("auto", "curriculum", "mixed"), "--mix must be one of auto, curriculum, mixed"),
             (unknown, f"--methods {unknown} does not exist; choose from {', '.join(METHODS)}, or all"),
@@ -216,7 +217,7 @@ def read_config(folder: Path, settings: Settings) -> Config:
         raise UserError(f"{folder} is no run folder of soar.py (it has no config.json)")
     if not (folder / "report.json").is_file():
         raise UserError(f"the run in {folder} is not finished: continue it with soar.py --resume and its flags")
-    names = ("device", "threads", "sample_rows", "micro_tokens")
+    names = ("device", "threads", "sample_tokens", "micro_tokens")
     machine = {name: getattr(settings, name) for name in names if getattr(settings, name)}
     machine["processes"] = settings.processes
     with soar.whole(folder / "config.json", "or it is of another version of soar.py: make the run again"):
@@ -302,13 +303,36 @@ def synthetic_problems(run: Run, method: str, seed: int, settings: Settings) -> 
 
     return [Problem(**row) for row in remembered(run, f"questions-{method}-{seed}", (settings.questions,), ask_teacher)]
 
+def sized(settings: Settings, run: Run) -> Settings:
+    """The settings with --steps and --points filled in where they were left open.
+
+    The paper's 1,500 steps a student would take days on the card that made a short run in an
+    afternoon. So base, Hard-Only, PS and PQ together sample no more than all students of such a run
+    (without promotions, and paid by progress: the same for every kind of run, whose rows are
+    compared). Measurements on the test set take about a quarter of it.
+    """
+    if run.config.dataset == "tiny":
+        return replace(settings, steps=settings.steps or 200, points=settings.points or 20)
+    config = replace(run.config, reward="grounded")
+    questions = min(config.reward_questions, len(run.train))
+    sampled = config.steps * soar.student_completions(config, 0, questions)
+    measurement = len(run.test) * settings.samples
+    left = sampled // 2 - measurement  # for one fresh student; base and PS are measured once each
+    points = settings.points or max(1, min(20, left // 4 // measurement - 1))  # one more at step 0
+    if settings.steps:
+        return replace(settings, points=points)
+    steps = (left - (points + 1) * measurement) // (config.batch * config.group)
+    steps = max(points, min(1500, steps))
+    synthetic_steps = min(settings.synthetic_steps, steps // 2)
+    return replace(settings, steps=steps, points=points, synthetic_steps=synthetic_steps)
+
 def schedule(run: Run, method: str, synthetic: list[Problem], settings: Settings, key: tuple) -> tuple[list, Config]:
     """(batches of a fresh student, its Config). Curriculum: synthetic problems, then hard ones; mixed: both, shuffled."""
     config, order = run.config, soar.seeded(*key, "order")
     mixed = settings.mix == "mixed" or settings.mix == "auto" and config.dataset in ("harp", "olympiad")
     curriculum = bool(synthetic) and not mixed  # it crashes on HARP and OlympiadBench (paper)
     group = config.group * (4 if method == "hard-only-4x" else 1)  # 4 x 32 = 128 (paper)
-    steps = settings.steps or (200 if config.dataset == "tiny" else 1500)
+    steps = settings.steps
     if method == "hard-only-equal":
         steps = math.ceil(student_rollouts(run) / (config.batch * group))
     first = min(settings.synthetic_steps, steps) if curriculum else 0
@@ -397,7 +421,8 @@ def make_student(policy: Policy, test: list[Problem], settings: Settings, one: O
         measure(0)
     if not steps:
         return result
-    moments, done = moments or soar.adamw_state(model), len(result["reward"])
+    moments = moments or soar.adamw_state(model)
+    done = len(result["reward"])
     with tqdm(total=steps, initial=done, desc=path.stem.rsplit("-", 1)[0], disable=None, leave=False) as bar:
         soar.train_student(policy, one.batches, one.config, one.key, after_step, moments, done)
     return result
@@ -735,6 +760,7 @@ def evaluate(folders: list[Path], methods: list[str], settings: Settings) -> Non
         others = None
         for folder, config in zip(folders, configs):
             run = open_run(folder, config, settings)
+            settings = sized(settings, run)  # the first run decides for all: one table, one length
             if others is None:  # started once, for all run folders
                 processes.enter_context(soar.workers(run.policy, config, len(methods) * settings.seeds))
                 others = run.policy.workers

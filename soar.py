@@ -17,8 +17,9 @@ trains on them, and the teacher is paid by how much better the student then does
 
 What to type (times and memory: README.md):
     python soar.py                                   all of it on a built-in tiny world, on a laptop, in minutes
-    python soar.py --dataset math                    real problems from the hub, sized for one GPU with 16-24 GB
-    python soar.py --dataset math --preset paper     Table 3 of the paper: weeks on one GPU
+    python soar.py --dataset math                    real problems; an afternoon on a 15-24 GB GPU
+    python soar.py --dataset math --preset long      more of everything on the same GPU
+    python soar.py --dataset math --preset paper     Table 3 of the paper; weeks on an 80 GB GPU
     python soar.py --dataset FILE.jsonl --model DIR  your problems (fields problem and answer), your model
     torchrun --nproc_per_node=8 -- soar.py ...       the same on 8 GPUs, which share the students, the samples and the update
     python soar.py --help                            every knob, its default and where the default comes from
@@ -60,6 +61,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
@@ -84,7 +86,7 @@ class UserError(Exception):
 class Config:
     # --- The run
     dataset: str = "tiny"  # tiny, math, harp, olympiad, or a FILE.jsonl with problem/answer (or question/answer) fields
-    preset: str = "auto"  # tiny, gpu (one 16-24 GB card), paper (Table 3), smoke (minutes on a CPU); auto: tiny or gpu
+    preset: str = "auto"  # tiny, class, long, paper or smoke (see above); auto: tiny or class
     model: str = "unsloth/Llama-3.2-3B-Instruct"  # hub id or local folder (this one: the ungated copy of the paper's)
     seed: int = 0  # every random choice of the run
     data_seed: int = 0  # the tiny world, the fail@k samples and the train/test split: shared by runs that are compared
@@ -131,25 +133,48 @@ class Config:
     window: int = 3  # outer steps in the moving average (Table 3)
     promotion: bool = True  # --no-promotion keeps the student at the base model
     # --- Memory and report
-    sample_rows: int = 256  # completions sampled side by side: the KV cache's memory
+    sample_tokens: int = 131072  # prompt and completion tokens sampled side by side: the KV cache
     micro_tokens: int = 16384  # padded tokens in one backward pass: the activations' memory
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, about a third slower
     eval_samples: int = 32  # completions a problem behind pass@k in the final table (paper: 32)
 
-# Only what differs from the defaults above, which are the paper's.
-PRESETS = {
-    "paper": {"groups": 2},
-    "gpu": {"model": "Qwen/Qwen2.5-0.5B-Instruct", "steps": 30, "n": 16, "repeats": 2, "group": 16, "student_tokens": 512,
-            "teacher_tokens": 256, "teacher_warmup": 3, "pool": 1000, "checkpointing": True},
-    "tiny": {"model": "tiny", "pool": 256, "temperature": 0.7, "steps": 12, "teacher_tokens": 40, "student_tokens": 24, "n": 32,
-             "repeats": 2, "inner_steps": 20, "inner_extra": 0, "batch": 16, "group": 16, "student_lr": 7e-4,
-             "teacher_lr": 5e-4, "teacher_warmup": 0, "sample_rows": 1024, "micro_tokens": 1024},
-    "smoke": {"steps": 1, "n": 2, "datasets": 2, "repeats": 1, "inner_steps": 1, "batch": 2, "group": 4, "student_tokens": 48,
-              "teacher_tokens": 96, "k": 2, "pool": 16, "reward_questions": 4, "eval_samples": 2, "sample_rows": 16,
-              "micro_tokens": 2048},
+# For which machine a preset is: its memory is counted with every completion at its limit.
+MACHINES = {
+    "tiny": "any CPU: the tiny world, in minutes",
+    "class": "one GPU with 15 GB or more, 20 GB of RAM: a short run, for an afternoon",
+    "long": "one GPU with 15 GB or more, 20 GB of RAM: more steps, students and tokens",
+    "paper": "one GPU with 80 GB (or several): Table 3; weeks on one",
+    "smoke": "any CPU or GPU: does it run at all?",
 }
-LEAST = dict.fromkeys("steps n k groups batch inner_steps repeats reward_questions window sample_rows micro_tokens eval_samples "
-                      "teacher_tokens student_tokens".split(), 1)  # the least value of a flag; of other numbers it is 0, but:
+# Only what differs from the defaults above, which are the paper's.
+SMALL_GPU = {
+    "model": "Qwen/Qwen2.5-0.5B-Instruct", "n": 16, "group": 16, "teacher_warmup": 3,
+    "checkpointing": True, "micro_tokens": 8192,
+}
+PRESETS = {
+    "tiny": {
+        "model": "tiny", "pool": 256, "temperature": 0.7, "teacher_tokens": 40,
+        "student_tokens": 24, "steps": 12, "n": 32, "teacher_lr": 5e-4, "teacher_warmup": 0,
+        "repeats": 2, "inner_steps": 20, "inner_extra": 0, "batch": 16, "group": 16,
+        "student_lr": 7e-4,
+        "micro_tokens": 1024,
+    },
+    "class": SMALL_GPU | {
+        "steps": 10, "repeats": 1, "inner_steps": 8, "pool": 300,
+        "student_tokens": 320, "teacher_tokens": 192,
+    },
+    "long": SMALL_GPU | {
+        "steps": 30, "repeats": 2, "pool": 1000, "student_tokens": 512, "teacher_tokens": 256,
+    },
+    "paper": {"groups": 2, "checkpointing": True, "sample_tokens": 262144},
+    "smoke": {
+        "k": 2, "pool": 16, "steps": 1, "n": 2, "datasets": 2, "repeats": 1, "inner_steps": 1,
+        "batch": 2, "group": 4, "student_tokens": 48, "teacher_tokens": 96, "reward_questions": 4,
+        "eval_samples": 2, "sample_tokens": 8192, "micro_tokens": 2048,
+    },
+}
+LEAST = dict.fromkeys("steps n k groups batch inner_steps repeats reward_questions window sample_tokens "
+                      "micro_tokens eval_samples teacher_tokens student_tokens".split(), 1)  # the least value of a flag; of other numbers it is 0, but:
 LEAST |= {"temperature": 0.01, "datasets": 2, "group": 2, "seed": -math.inf, "data_seed": -math.inf, "tau": -math.inf}
 
 def config_help(settings: type) -> dict[str, dict[str, str]]:
@@ -180,8 +205,11 @@ def parse_flags(parser: argparse.ArgumentParser, settings: type, argv: list[str]
 
 def parse_config(argv: list[str]) -> Config:
     """Command line -> Config. Flags win over the preset, the preset over the defaults. Raises UserError on bad values."""
-    presets = "\n".join(textwrap.fill(f"  {name:6}" + " ".join(f"{k}={v}" for k, v in preset.items()), 100,
-                                      subsequent_indent=" " * 8) for name, preset in PRESETS.items())
+    presets = ""
+    for name, preset in PRESETS.items():
+        settings = " ".join(f"{field}={value}" for field, value in preset.items())
+        presets += f"  {name:8}for {MACHINES[name]}\n"
+        presets += textwrap.indent(textwrap.fill(settings, 80), " " * 10) + "\n"
     flags = parse_flags(argparse.ArgumentParser(
         usage="python soar.py [--dataset NAME] [--preset NAME] [flags]", allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -189,7 +217,7 @@ def parse_config(argv: list[str]) -> Config:
                     f"change only what they name:\n{presets}"), Config, argv)
     preset = flags.get("preset", "auto")
     if preset == "auto":
-        preset = "tiny" if flags.get("dataset", "tiny") == "tiny" else "gpu"
+        preset = "tiny" if flags.get("dataset", "tiny") == "tiny" else "class"
     if preset not in PRESETS:
         raise UserError(f"--preset {preset} does not exist; choose one of {', '.join(PRESETS)}")
     config = Config(**PRESETS[preset] | flags | {"preset": preset})
@@ -923,6 +951,37 @@ def read_prompt(path: str, builtin: str, must_contain: str = "") -> str:
         raise UserError(f"the prompt file {path} must contain {must_contain or 'some text'}")
     return text
 
+def choose_device(config: Config) -> str:
+    """cuda if there is a GPU that torch can use, else cpu. Raises UserError where a CPU would need weeks.
+
+    Only the presets for GPUs are refused, and only where nobody has asked for the CPU.
+    """
+    if config.device != "auto":
+        return config.device
+    if torch.cuda.is_available():
+        return "cuda"
+    if config.preset in ("class", "long", "paper"):
+        raise UserError(f"--preset {config.preset} is for a GPU, and torch finds none that it can use ({missing_gpu()}); on a CPU it "
+                        "would take weeks: give --preset smoke to see it work, or --device cpu if you mean it")
+    return "cpu"
+
+def choose_dtype(device: str) -> torch.dtype:
+    """bfloat16, but float32 where that is slow: on a CPU, and on GPUs before Ampere (sm_80).
+
+    (Those, as the T4, are fast in float16; but its gradients need a loss scale, and a wrong one
+    shows in nothing but a student that learns less.)
+    """
+    old = device.startswith("cuda") and torch.cuda.get_device_capability(device) < (8, 0)
+    return torch.float32 if torch.device(device).type == "cpu" or old else torch.bfloat16
+
+def missing_gpu() -> str:
+    """Why torch has no CUDA: no GPU, too old a driver, a build without it; "" where it has."""
+    try:
+        torch.cuda.init()
+    except (AssertionError, RuntimeError) as error:
+        return str(error).strip().split("\n")[0]
+    return ""
+
 def chat_ids(tokenizer, user: str, assistant: str | None = None) -> list[int]:
     """Token ids of one turn of the user in the model's chat template, up to where the assistant begins to write,
     or with the assistant's whole turn. Raises UserError when there is no template or it fails."""
@@ -943,22 +1002,24 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".strip().split("\n")[0][:300]
 
 def load_model(path: str, config: Config, trained: bool = True) -> tuple:
-    """(model, tokenizer) from the hub or a folder, in eval mode: bfloat16 on a GPU, float32 on a CPU (where bfloat16 is slow).
+    """(model, tokenizer) from the hub or a folder, in eval mode.
+
 
     trained=False is for a model that only reads (eval.py's --embedder): it needs no output layer.
     Raises UserError when there is no such model, it is gated, its weights are not those that its configuration
     speaks of, or the network or the device is missing.
     """
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+    use_own_attention()
     if Path(path, "adapter_config.json").exists():
         raise UserError(f"{path} holds an adapter (LoRA), which soar.py does not apply; merge it into its model first")
     kind = AutoModelForCausalLM if trained else AutoModel
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    device = choose_device(config)
     try:
         torch.empty(1, device=device)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # or it would ask, and wait
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        model, found = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, trust_remote_code=False)
+        model, found = kind.from_pretrained(
+            path, dtype=choose_dtype(device), output_loading_info=True, trust_remote_code=False)
         model = model.to(device).eval()
     except (torch.OutOfMemoryError, MemoryError):
         raise
@@ -1015,6 +1076,15 @@ def restore(model, weights: list[torch.Tensor]) -> None:
     for p, w in zip(model.parameters(), weights, strict=True):
         p.copy_(w)
 
+def enable_checkpointing(model) -> None:
+    """In train mode the backward pass computes activations again instead of keeping them. UserError where it cannot."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    enable = enable or model.gradient_checkpointing_enable  # its name before transformers 5.24
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(f"--checkpointing cannot be used ({first_line(error)}); give --no-checkpointing") from None
+
 def load_policy(path: str, config: Config, meter: Meter) -> Policy:
     """The model in `path` as a policy that has passed self_check. Raises UserError."""
     from transformers import GenerationConfig
@@ -1026,7 +1096,7 @@ def load_policy(path: str, config: Config, meter: Meter) -> Policy:
     model.generation_config = GenerationConfig(
         bos_token_id=ids.bos_token_id, pad_token_id=ids.pad_token_id, eos_token_id=ends)
     if config.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     builtin = (TINY_TEACHER_PROMPT, TINY_STUDENT_PROMPT) if config.dataset == "tiny" else (TEACHER_PROMPT, STUDENT_PROMPT)
     policy = Policy(
         model, copy.deepcopy(model) if config.kl else None, tokenizer,
@@ -1056,9 +1126,9 @@ def self_check(policy: Policy, config: Config) -> None:
         trained, again = (completion_logprobs(model, rollouts, config.temperature) for _ in range(2))  # [4], [4]
         trained.sum().backward()
         model.eval()
-    except (UserError, torch.OutOfMemoryError, MemoryError):
-        raise
     except Exception as error:  # other architectures fail in their own ways
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
         raise UserError(f"this kind of model ({type(model).__name__}) cannot be sampled and trained by soar.py "
                         f"({first_line(error)}); take another --model") from None
     trained, again, totals = trained.detach(), again.detach(), torch.stack([row.sum() for row in own])  # [4] each
@@ -1086,6 +1156,38 @@ def own_logprobs(model, rollout: Rollout, temperature: float):
 
 # ======== 6. Sampler: how are completions drawn, fast, and from exactly the policy that is trained? ===================
 
+def attention(module, query, key, value, attention_mask, scaling: float | None = None, **more):
+    """transformers' "sdpa" attention without its copies: query [B, H, T, D] -> ([B, T, H, D], _).
+
+    H query heads share the key/value heads in groups, of 7 in Qwen2.5-0.5B. Kernels that know
+    nothing of groups want keys and values copied for every head. In a decode step that would be
+    the whole cache, for every token; but there T is 1, and the heads of a group are as good as so
+    many queries of one head. Everything else is left to transformers.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    B, H, T, D = query.shape
+    group = H // key.shape[1]
+    one_mask_for_all_heads = attention_mask is None or attention_mask.shape[1] == 1
+    if T == 1 and group > 1 and one_mask_for_all_heads and more.get("position_bias") is None:
+        query = query.reshape(B, H // group, group, D)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, scale=scaling)  # [B, H // group, group, D]
+        return out.reshape(B, 1, H, D), None
+    square = attention_mask is not None and attention_mask.shape[-2:] == (T, T)
+    if square and attention_mask.dtype == torch.bool:
+        # Padding sees itself: what a kernel makes of a query that sees nothing may be NaN, which
+        # the next layer's zero weights would not keep out.
+        attention_mask = attention_mask | torch.eye(T, dtype=torch.bool, device=query.device)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
+                                  **more)
+
+def use_own_attention() -> None:
+    """Every model whose attention is transformers' "sdpa" uses attention() from now on."""
+    from transformers import AttentionInterface
+    AttentionInterface.register("sdpa", attention)
+    # cuDNN's attention plans anew for every shape, and each decode step has a new one.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
 def eos_ids(model) -> set[int]:
     """A SET: instruct models end a turn with any of several tokens."""
     ids = model.generation_config.eos_token_id
@@ -1108,12 +1210,12 @@ def pick_tokens(logits, temperature: float, uniforms=None) -> tuple[torch.Tensor
     if uniforms is None:
         tokens = logits.argmax(-1)
         return tokens, torch.zeros_like(tokens, dtype=torch.float32)
-    part = 1 + (1 << 22) // logits.shape[1]  # rows whose distributions exist at the same time: 16 MB
+    part = 1 + (1 << 24) // logits.shape[1]  # rows at a time, or the distributions take gigabytes
     tokens, logprobs = [], []
     for x, u in zip(logits.split(part), uniforms.split(part)):
         probs = (x.float() / temperature).softmax(-1)  # [rows, V]
         cdf = probs.cumsum(-1)
-        target = u[:, None] * cdf[:, -1:]  # [rows, 1]; rounding may leave the last entry a little off 1
+        target = u[:, None] * cdf[:, -1:]  # [rows, 1]; rounding leaves the last entry a bit off 1
         token = torch.searchsorted(cdf, target, right=True).clamp_(max=cdf.shape[1] - 1)  # [rows, 1]
         tokens.append(token[:, 0])
         logprobs.append(probs.gather(-1, token)[:, 0].log())
@@ -1122,7 +1224,9 @@ def pick_tokens(logits, temperature: float, uniforms=None) -> tuple[torch.Tensor
 def row_cache(n: int, length: int):
     """A cache that is prefilled with P prompts, then holds n copies of each, up to `length` tokens long.
 
-    transformers' own cache grows by torch.cat: for every new token it copies all the others. This one is allocated once.
+    transformers' own cache grows by torch.cat: for every new token it copies all the others. This
+    one is allocated once. (Counted for 128 rows of 400 tokens in Qwen2.5-0.5B: a decode step reads
+    and writes 2.96 GB, with DynamicCache 4.18. Measured on a CPU: 2 to 4 % less time.)
     """
     from transformers.cache_utils import Cache, DynamicLayer
 
@@ -1152,6 +1256,17 @@ def row_cache(n: int, length: int):
 
     return Cache(layer_class_to_replicate=Layer)
 
+def next_logits(model, ids, sees, positions, cache) -> torch.Tensor:
+    """ids [B, T] -> logits [B, V] of the token after the last; the cache grows by T tokens.
+
+    sees [B, tokens so far]: the ones that are no padding, or None where none is. positions [B, T].
+    """
+    parameters = inspect.signature(type(model).forward).parameters
+    name = "cache" if "cache" in parameters else "past_key_values"  # before transformers 5.24
+    output = model(input_ids=ids, attention_mask=sees, position_ids=positions, use_cache=True,
+                   logits_to_keep=1, **{name: cache})
+    return output.logits[:, -1]
+
 def prefill(model, prompts: list[list[int]], n: int, max_new_tokens: int):
     """Run each of P prompts once -> (logits of the first new token [P*n, V], padding [P*n, 1], cache), n rows for each prompt.
 
@@ -1165,8 +1280,8 @@ def prefill(model, prompts: list[list[int]], n: int, max_new_tokens: int):
     ids = torch.tensor([[0] * (T - len(prompt)) + prompt for prompt in prompts], device=device)  # [P, T]
     padding = torch.tensor([[T - len(prompt)] for prompt in prompts], device=device)  # [P, 1]
     column, cache = torch.arange(T, device=device), row_cache(n, T + max_new_tokens)
-    logits = model(input_ids=ids, attention_mask=column >= padding, position_ids=(column - padding).clamp(min=0),
-                   past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]  # [P, V]
+    positions = (column - padding).clamp(min=0)  # [P, T]
+    logits = next_logits(model, ids, column >= padding, positions, cache)  # [P, V]
     if not torch.isfinite(logits).all():
         raise UserError("the model's logits are NaN or infinite: its weights are damaged, or the learning rate was too high")
     return logits.repeat_interleave(n, 0), padding.repeat_interleave(n, 0), cache
@@ -1176,9 +1291,9 @@ def generate(model, prompts: list[list[int]], n: int, max_new_tokens: int, tempe
              uniforms=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """n completions of each of P prompts, prompt by prompt -> (tokens, lengths, logprobs).
 
-    tokens [P*n, max_new_tokens] and the log-probabilities that they were sampled with (greedy: all 0)
-    are zero after a completion's end; lengths [P*n]. uniforms [P*n, max_new_tokens], in [0, 1), are
-    all the luck that there is; without them decoding is greedy.
+    tokens [P*n, max_new_tokens] and the log-probabilities that they were sampled with (greedy: all
+    0) are zero after a completion's end; lengths [P*n]. uniforms [P*n, max_new_tokens], in [0, 1),
+    are all the luck that there is; without them decoding is greedy.
 
     A length counts the tokens up to and including EOS: ending is an action of the policy like any other, and gets its share
     of the gradient. Masks are made from lengths, never from `token != pad`, since in many models pad IS EOS.
@@ -1187,7 +1302,7 @@ def generate(model, prompts: list[list[int]], n: int, max_new_tokens: int, tempe
     device, B = model.device, len(prompts) * n
     eos = torch.tensor(sorted(eos_ids(model)), device=device)
     logits, padding, cache = prefill(model, prompts, n, max_new_tokens)
-    padded = padding.any()  # without padding, attention needs no mask
+    padded = padding.any().item()  # without padding, attention needs no mask
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)  # [B, max_new_tokens]
     logprobs = torch.zeros(B, max_new_tokens, device=device)  # [B, max_new_tokens]
     lengths = torch.full((B,), max_new_tokens, device=device)  # [B]
@@ -1209,8 +1324,8 @@ def generate(model, prompts: list[list[int]], n: int, max_new_tokens: int, tempe
         if not rows or t + 1 == max_new_tokens:
             break
         column = torch.arange(cache.get_seq_length() + 1, device=device)
-        logits = model(input_ids=token[:, None], attention_mask=column >= padding if padded else None,
-                       position_ids=column[-1] - padding, past_key_values=cache, use_cache=True).logits[:, -1]  # [rows, V]
+        sees = column >= padding if padded else None
+        logits = next_logits(model, token[:, None], sees, column[-1] - padding, cache)  # [rows, V]
     return tokens, lengths, logprobs
 
 @dataclass
@@ -1219,17 +1334,39 @@ class Rollout:
     completion: list[int]  # the sampled ids, with EOS: never decoded and encoded again, which can give other tokens
     text: str  # of the completion, without EOS
     truncated: bool  # the limit came before EOS
-    logprob: float = math.nan  # ln p(completion | prompt) as the sampler saw it; greedy: 0; not sampled: NaN
+    logprob: float = math.nan  # ln p(completion | prompt), as sampled; greedy: 0; not sampled: NaN
 
-def sample(policy: Policy, prompts: list[list[int]], n: int, max_new_tokens: int, config: Config, generator=None):
-    """n rollouts of each prompt -> list of them, prompt by prompt; no generator: greedy. At most --sample-rows side by side."""
+def sample_parts(prompts: list[list[int]], n: int, max_new_tokens: int,
+                 budget: int) -> Iterator[tuple[list[list[int]], int, int]]:
+    """What is sampled side by side -> (prompts, number of their first row, rows of each prompt).
+
+    A row's cache is as long as the longest prompt of its part and max_new_tokens together. A part
+    has at most `budget` tokens and `most` rows, but at least one row. It is some prompts with all
+    n rows of each or, where n alone is too wide, one prompt with some of its rows.
+
+    >>> list(sample_parts([[1], [2], [3, 4]], 2, 3, budget=16, most=9))  # rows of 4, 4, 5 tokens
+    [([[1], [2]], 0, 2), ([[3, 4]], 4, 2)]
+    """
+    def fit(part: list[list[int]]) -> int:
+        return max(1, budget // (max(map(len, part)) + max_new_tokens))
+
+    start = 0
+    while start < len(prompts):
+        stop = start + 1
+        while stop < len(prompts) and (stop + 1 - start) * n <= fit(prompts[start:stop + 1]):
+            stop += 1
+        part = prompts[start:stop]
+        width = min(n, fit(part))
+        for row in range(0, n, width):
+            yield part, start * n + row, min(n - row, width)
+        start = stop
+
+def sample(policy: Policy, prompts: list[list[int]], n: int, max_new_tokens: int, config: Config,
+           generator=None) -> list[Rollout]:
+    """n rollouts of each prompt, prompt by prompt, in parts; without a generator greedy."""
     B, eos = len(prompts) * n, eos_ids(policy.model)
     uniforms = None if generator is None else torch.rand(B, max_new_tokens, generator=generator)
-    side_by_side = config.sample_rows
-    # A part is some prompts with all n rows of each or, where n alone is too wide, one prompt with some of its rows.
-    step, width = max(1, side_by_side // n), min(n, side_by_side)
-    parts = [(prompts[i:i + step], i * n + j, min(n - j, width))  # (prompts, first of all their rows, rows of each)
-             for i in range(0, len(prompts), step) for j in range(0, n, width)]
+    parts = list(sample_parts(prompts, n, max_new_tokens, config.sample_tokens))
 
     def draw(chunk: list[list[int]], first: int, width: int) -> list[Rollout]:
         u = None if uniforms is None else uniforms[first:first + len(chunk) * width].to(policy.model.device)
@@ -1241,7 +1378,8 @@ def sample(policy: Policy, prompts: list[list[int]], n: int, max_new_tokens: int
         words = [[i for i in ids if i not in eos and i != policy.tokenizer.pad_token_id] for ids in rows]
         texts = policy.tokenizer.batch_decode(words, clean_up_tokenization_spaces=False, skip_special_tokens=False)
         sums = logprobs.sum(1).tolist()
-        return [Rollout(chunk[i // width], rows[i], texts[i], not ended[i], sums[i]) for i in range(len(rows))]
+        return [Rollout(chunk[i // width], rows[i], texts[i], not ended[i], sums[i])
+                for i in range(len(rows))]
 
     policy.meter("sampling")
     rollouts = []
@@ -1390,10 +1528,17 @@ def stochastic_round(x, generator):
     noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
     return ((x.view(torch.int32) + noise) & -0x10000).view(torch.float32).to(torch.bfloat16)
 
-def adamw_state(model) -> dict:
-    """Moments of a fresh optimizer."""
-    zeros = lambda: [torch.zeros_like(p, dtype=torch.float32) for p in model.parameters()]
+def adamw_state(model, device=None) -> dict:
+    """Moments of a fresh optimizer, on the model's device or on another one."""
+    def zeros() -> list[torch.Tensor]:
+        return [torch.zeros_like(p, dtype=torch.float32, device=device) for p in model.parameters()]
     return {"t": 0, "m": zeros(), "v": zeros()}
+
+PIECE = 1 << 24  # numbers that the optimizer works on at a time: temporaries of 64 MB each
+
+def pieces(*tensors) -> Iterator[tuple]:
+    """Tensors of one size -> tuples of views of them, PIECE numbers at a time."""
+    return zip(*(tensor.view(-1).split(PIECE) for tensor in tensors))
 
 @torch.no_grad()
 def adamw_step(model, state: dict, lr: float, config: Config, generator=None, betas=(0.9, 0.999)) -> float:
@@ -1401,21 +1546,26 @@ def adamw_step(model, state: dict, lr: float, config: Config, generator=None, be
 
     m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  p <- p (1 - lr wd) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
     """
-    params, (b1, b2) = list(model.parameters()), betas
-    norm = torch.stack([p.grad.float().norm() for p in params]).norm().item()
+    b1, b2 = betas
+    # What text does not reach has no gradient and stays as it is: a vision tower, an expert that nothing was sent to.
+    moved = [row for row in zip(model.parameters(), state["m"], state["v"], strict=True) if row[0].grad is not None]
+    norms = [torch.linalg.vector_norm(param.grad, dtype=torch.float32) for param, _, _ in moved]
+    norm = torch.stack(norms).norm().item()
     if not math.isfinite(norm):
         raise UserError("the loss or its gradient became NaN or infinite; nothing was saved from this step: "
                         "lower --student-lr or --teacher-lr and start a new run")
     scale = min(1.0, config.clip / (norm + 1e-6)) if config.clip else 1.0
     state["t"] += 1
     correct1, correct2 = 1 - b1 ** state["t"], 1 - b2 ** state["t"]
-    for p, m, v in zip(params, state["m"], state["v"], strict=True):
-        g = p.grad.float() * scale
-        m.lerp_(g, 1 - b1)
-        v.mul_(b2).addcmul_(g, g, value=1 - b2)
-        new = p.float() * (1 - lr * config.weight_decay) - lr * (m / correct1) / ((v / correct2).sqrt_() + 1e-8)
-        p.copy_(stochastic_round(new, generator) if p.dtype == torch.bfloat16 else new)
-        p.grad = None
+    for param, whole_m, whole_v in moved:
+        for p, g, m, v in pieces(param, param.grad, whole_m, whole_v):
+            g = g.float() * scale
+            m.lerp_(g, 1 - b1)
+            v.mul_(b2).addcmul_(g, g, value=1 - b2)
+            root = (v / correct2).sqrt_() + 1e-8
+            new = p.float() * (1 - lr * config.weight_decay) - lr * (m / correct1) / root
+            p.copy_(stochastic_round(new, generator) if p.dtype == torch.bfloat16 else new)
+        param.grad = None
     return norm
 
 def learning_rate(peak: float, step: int, total: int, warmup: int) -> float:
@@ -1510,14 +1660,20 @@ def policy_update(policy: Policy, rollouts: list[Rollout], advantages, state: di
     with advantage zero (groups whose rewards are all equal) skip both passes: nothing pulls them anywhere, so they pay no KL.
     """
     active, kls, B = advantages.nonzero()[:, 0].tolist(), [], len(rollouts)
+    # |ln p as trained - ln p as sampled| of each active rollout, in nats a token. With 135M weights
+    # it is 1e-6 in float32 and 0.01 in bfloat16: rounding, which no reward knows of. More is a bug.
+    gaps = []
     if not active:
-        return {"grad_norm": 0.0, "kl": 0.0}
+        return {"grad_norm": 0.0, "kl": 0.0, "sampler_gap": 0.0}
     rollouts, advantages = [rollouts[i] for i in active], advantages[active]
     policy.model.train(config.checkpointing)  # checkpointing works in train mode only; there is no dropout to turn on
     for part in micro_batches(rollouts, config.micro_tokens):
         policy.meter("log-probs")
         batch = [rollouts[i] for i in part]
         logprobs = completion_logprobs(policy.model, batch, config.temperature)  # [b]
+        lengths = torch.tensor([len(r.completion) for r in batch]).to(logprobs)  # [b]
+        sampled = torch.tensor([r.logprob for r in batch]).to(logprobs)  # [b]
+        gaps += ((logprobs.detach() - sampled).abs() / lengths).tolist()
         weights = advantages[part].to(logprobs)  # [b]
         if config.kl:
             with torch.no_grad():
@@ -1530,7 +1686,8 @@ def policy_update(policy: Policy, rollouts: list[Rollout], advantages, state: di
     policy.model.eval()
     norm = adamw_step(policy.model, state, lr, config, generator)
     policy.meter("other")
-    return {"grad_norm": norm, "kl": float(np.mean(kls or [0.0]))}
+    kl, gap = float(np.mean(kls or [0.0])), float(np.mean(gaps))
+    return {"grad_norm": norm, "kl": kl, "sampler_gap": gap}
 
 
 # ======== 10. The tiny world's base model: where does a model with latent knowledge come from? ========================
@@ -1584,7 +1741,7 @@ def tiny_base_model(config: Config) -> str:
     building = Path(f"{folder}.{os.getpid()}.tmp")  # renamed when complete, so a killed run leaves no half model behind
     building.mkdir(parents=True, exist_ok=True)  # a process that had this number before may have been killed here
     tokenizer = tiny_tokenizer(building)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # of the CPU only: by default it touches every GPU
         torch.manual_seed(int(fingerprint(config.data_seed, "initial weights"), 16) >> 1)
         model = LlamaForCausalLM(LlamaConfig(
             vocab_size=len(VOCABULARY), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -1794,7 +1951,8 @@ def success_rates(policy: Policy, baseline: list, config: Config, dataset: list[
 # The state is written after each outer step, and holds all that the next one needs. A run that is killed in between repeats
 # the step from the last checkpoint and, all randomness being a function of (seed, step), writes the same files again.
 
-RESUMABLE = ("resume", "out", "sample_rows", "micro_tokens", "checkpointing", "threads", "processes", "cache", "device")  # may differ then
+RESUMABLE = ("resume", "out", "sample_tokens", "micro_tokens", "checkpointing", "threads",
+             "processes", "cache", "device")  # may differ then
 
 LOCK = ".lock"
 
@@ -1887,6 +2045,7 @@ def teacher_update(policy: Policy, rollouts: list[Rollout], advantages, state: S
     device = policy.model.device
     move = lambda moments, to: {"t": moments["t"]} | {name: [x.to(to) for x in moments[name]] for name in "mv"}
     moments = move(state.moments, device)
+    state.moments = {}  # or the host would hold these beside the new ones: 16 bytes a weight
     lr = learning_rate(config.teacher_lr, state.step, config.steps, config.teacher_warmup)
     rounding = seeded(config.seed, "teacher", state.step, "rounding", device=device)
     restore(policy.model, state.teacher)
@@ -2126,7 +2285,10 @@ def print_plan(pool: list[Problem], policy: Policy, config: Config) -> None:
                      does not train; 0 where s is 0"""
     if config.reward == "learnability" or not config.promotion:
         promotion = "nobody is promoted in this run"
-    print(f"""SOAR on {config.dataset}: {len(pool)} problems, model {config.model}, {policy.model.device}, folder {config.out}
+    where = f"{str(policy.model.dtype).removeprefix('torch.')} on {policy.model.device}"
+    if config.device == "auto" and (reason := missing_gpu()):
+        where += f" (no GPU: {reason})"
+    print(f"""SOAR on {config.dataset}: {len(pool)} problems, model {config.model}, {where}, folder {config.out}
   filter      keep the problems that the model fails {config.k} times of {config.k}: at most {len(pool) * config.k:,} completions
   outer step  the teacher writes {K} datasets of {n} problems;
               {work}: {students:,} student completions
@@ -2202,6 +2364,7 @@ def report(policy: Policy, hard_train: list[Problem], hard_test: list[Problem], 
 
 def prepare(config: Config, meter: Meter) -> tuple[Policy, list[Problem]]:
     """The policy and the pool of problems. Raises UserError."""
+    choose_device(config)  # it may refuse, before anything is loaded
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.dataset == "tiny":
@@ -2240,7 +2403,7 @@ def first_state(policy: Policy, hard_train: list[Problem], hard_test: list[Probl
                          hard_train, hard_test)
     state = load_checkpoint(Path(config.out))
     if state is None:
-        return State(policy.base, adamw_state(policy.model), policy.base, inputs)
+        return State(policy.base, adamw_state(policy.model, "cpu"), policy.base, inputs)
     if state.inputs != inputs:
         raise UserError(f"the run in {config.out} began with another model, other prompts or other problems than this command "
                         "gives it: has a file changed? Put it back, or choose another --out")
@@ -2296,6 +2459,13 @@ def quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Of a CPU, and of memory that a CUDA library asked for, PyTorch says it in words only."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    words = "allocate memory|not enough memory|out of memory|ALLOC_FAILED"
+    return re.search(words, str(error)) is not None
+
 def guarded(program: str, work, meter: Meter, again: list[str]) -> int:
     """work() as an exit code: 0; 2 after a mistake that the user can mend, said in one sentence; 130 after Ctrl-C.
 
@@ -2310,10 +2480,10 @@ def guarded(program: str, work, meter: Meter, again: list[str]) -> int:
     except KeyboardInterrupt:
         code, sentence = 130, f"interrupted; all complete steps are saved, continue with: {again}"
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "allocate memory" not in str(error):  # so PyTorch says it on a CPU
+        if not is_out_of_memory(error):
             raise
         train = "lower --micro-tokens or add --checkpointing"
-        advice = {"sampling": "lower --sample-rows", "log-probs": train, "backward": train}
+        advice = {"sampling": "lower --sample-tokens", "log-probs": train, "backward": train}
         advice = advice.get(meter.phase, "take a smaller --model")
         sentence = f"out of memory (phase: {meter.phase}); {advice} and go on with: {again}"
     print(f"{program}: {sentence}", file=sys.stderr, flush=True)

@@ -60,13 +60,15 @@ transformers.logging.disable_progress_bar()
 # ======================================================================================================================
 
 
-def random_model(kind: str = "Llama", vocab: int = 32, eos=(1,), seed: int = 0):
+def random_model(kind: str = "Llama", vocab: int = 32, eos=(1,), seed: int = 0, **settings):
     """Two layers, width 32, weights large enough that the next token is far from uniform."""
     torch.manual_seed(seed)
-    config = getattr(transformers, kind + "Config")(
+    settings = dict(
         vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, pad_token_id=0, bos_token_id=None,
-        eos_token_id=list(eos))
+        eos_token_id=list(eos)) | settings
+    config = getattr(transformers, kind + "Config")(**settings)
+    soar.use_own_attention()  # as load_model() does
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -161,10 +163,32 @@ def test_flags_win_over_the_preset_and_the_preset_over_defaults():
     config = soar.parse_config(["--preset", "tiny", "--n", "64"])
     assert (config.n, config.inner_steps, config.repeats, config.tau) == (64, 20, 2, Config.tau)
     config = soar.parse_config(["--dataset", "x/problems.jsonl", "--seed", "3", "--no-promotion"])
-    assert (config.preset, config.out, config.promotion) == ("gpu", "runs/problems-3", False)
+    assert (config.preset, config.out, config.promotion) == ("class", "runs/problems-3", False)
     paper = dataclasses.asdict(soar.parse_config(["--dataset", "math", "--preset", "paper"]))
     changed = {name for name, value in paper.items() if value != getattr(Config, name)}
+    changed -= {"sample_tokens", "micro_tokens", "checkpointing"}  # memory: they change no result
     assert changed == {"dataset", "preset", "out", "groups"}  # nothing else may differ from Table 3
+
+
+def test_presets_name_a_machine_and_fit_it(capsys):
+    """A preset that does not fit its card: out of memory after an hour. Here the floor of it:
+    weights, reference, a student's moments, and the gradients or the sampler's cache."""
+    with pytest.raises(SystemExit):
+        soar.parse_config(["--help"])
+    screen = " ".join(capsys.readouterr().out.split())
+    assert soar.MACHINES.keys() == soar.PRESETS.keys()
+    assert all(machine in screen for machine in soar.MACHINES.values())
+    # Weights, layers, key/value heads, head size and bytes a number:
+    qwen = (494e6, 24, 2, 64, 4)  # Qwen2.5-0.5B in float32
+    llama = (3213e6, 28, 8, 128, 2)  # Llama-3.2-3B in bfloat16
+    sizes = {"class": qwen, "long": qwen, "paper": llama}
+    for name, (weights, layers, heads, head, width) in sizes.items():
+        card = int(re.search(r"(\d+) GB", soar.MACHINES[name])[1]) * 1e9
+        config = soar.parse_config(["--dataset", "math", "--preset", name])
+        resident = weights * (2 * width + 8)
+        cache = config.sample_tokens * 2 * layers * heads * head * width
+        assert resident + max(cache, weights * width) < 0.9 * card
+        assert config.checkpointing
 
 
 def test_every_field_has_help(capsys):
@@ -967,6 +991,60 @@ def test_sampling_equals_the_slow_way(kind, temperature):
     assert all(not row[length:].any() for row, length in zip(tokens, lengths))
 
 
+WINDOW = {"sliding_window": 4, "head_dim": 8}  # shorter than the longest prompt
+GEMMA3 = {"layer_types": ["sliding_attention", "full_attention"], "tie_word_embeddings": False}
+
+
+@pytest.mark.parametrize("kind, settings", [
+    ("Llama", {}), ("Llama", {"num_key_value_heads": 1}), ("Qwen2", {}), ("Qwen3", {"head_dim": 8}),
+    ("Phi3", {}), ("Mistral", WINDOW), ("Gemma2", WINDOW), ("Gemma3Text", WINDOW | GEMMA3),
+    ("GPT2", {}), ("GPTNeoX", {}), ("Bloom", {"n_head": 4}),
+    ("OPT", {"ffn_dim": 64, "word_embed_proj_dim": 32})])
+def test_sampling_by_all_kinds_of_attention(kind, settings):
+    """Query heads paired with another group's keys, a sliding window or ALiBi lost, padding seen:
+    the tokens must be those of transformers' plainest attention, without cache and padding."""
+    model = random_model(kind, eos=range(0, 32, 5), **settings)
+    tokens, lengths, logprobs = soar.generate(model, PROMPTS, 5, 12, 0.7, uniforms(15, 12))
+    if kind != "Bloom":  # which has one implementation only
+        model.set_attn_implementation("eager")
+    expected = slow_sample(model, PROMPTS, 5, 12, 0.7, uniforms(15, 12))
+    assert [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist())] == expected
+    assert len(set(map(len, expected))) > 2
+    for row, completion in enumerate(expected):
+        rollout = Rollout(PROMPTS[row // 5], completion, "", False)
+        logprob = slow_logprob(model, rollout, 0.7).item()
+        assert logprobs[row].sum().item() == pytest.approx(logprob, abs=1e-3)
+
+
+def test_attention_copies_no_cache_and_leaves_no_query_blind(monkeypatch):
+    """Keys and values repeated for every query head at every token: most of the memory traffic of
+    decoding. And a padded query that sees nothing: NaN on some GPUs."""
+    model, seen = random_model("Qwen2", eos=range(0, 32, 5)), []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query, key, value, attn_mask=None, **more):
+        seen.append((query.shape, key.shape, attn_mask))
+        return real(query, key, value, attn_mask=attn_mask, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    soar.generate(model, PROMPTS, 5, 12, 1.0, uniforms(15, 12))
+    prefill, decoding = seen[:2], seen[2:]  # of two layers
+    assert all(query[0] == 3 for query, _, _ in prefill)
+    assert len(decoding) > 10 and all(key[1] == 2 for _, key, _ in decoding)
+    assert all(mask.any(-1).all() for _, _, mask in seen if mask is not None)
+
+
+def test_a_query_that_sees_nothing_sees_itself():
+    """Attention weights of a row without any key are 0 / 0."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 3, 4)  # [1, heads, T, D]
+    sees = torch.tensor([[0, 0, 0], [0, 1, 0], [0, 1, 1]]).bool()  # [T, T]
+    out, _ = soar.attention(torch.nn.Module(), q, k, v, sees[None, None])
+    sees[0, 0] = True
+    weights = (q @ k.mT / 2).masked_fill(~sees, -math.inf).softmax(-1)
+    torch.testing.assert_close(out, (weights @ v).transpose(1, 2))
+
+
 def test_sampling_frequencies():
     """Top-k, top-p or a temperature applied twice: samples from another policy than the one that is trained."""
     model, n = random_model(), 20_000
@@ -992,7 +1070,7 @@ def test_generate_reports_the_log_probabilities_of_its_tokens(temperature):
 
 def test_rollouts_carry_the_log_probability_of_their_sampling(policy):
     """The temperature forgotten between sampler and rollout, or rows of one part given the figures of another."""
-    config = small_config(sample_rows=5)
+    config = small_config(sample_tokens=200)
     prompts = [policy.student_prompt(problem) for problem in single_products(soar.make_world(0))[:3]]
     rollouts = soar.sample(policy, prompts, 4, 12, config, soar.seeded("logprobs"))
     expected = soar.completion_logprobs(policy.model, rollouts, config.temperature)
@@ -1024,23 +1102,45 @@ def test_generate_refuses_train_mode():
         soar.generate(random_model().train(), PROMPTS, 1, 2)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5, 7, 1000])
-def test_sample_in_parts(rows, policy):
-    """--sample-rows below, at and above n must not lose, double or swap completions."""
+@pytest.mark.parametrize("budget", [1, 40, 200, 300, 10 ** 6])
+def test_sample_in_parts(budget, policy):
+    """--sample-tokens for less than a row, some rows of a prompt, one prompt, all prompts: a
+    completion lost, doubled or swapped."""
     problems = single_products(soar.make_world(0))[:3]
     prompts = [policy.student_prompt(problem) for problem in problems]
     greedy = [r.text for r in soar.sample(policy, prompts, 1, 12, small_config())]
     assert len(set(greedy)) == 3
-    rollouts = soar.sample(policy, prompts, 5, 12, small_config(sample_rows=rows))
+    rollouts = soar.sample(policy, prompts, 5, 12, small_config(sample_tokens=budget))
     assert [r.prompt for r in rollouts] == [prompt for prompt in prompts for _ in range(5)]
     assert [r.text for r in rollouts] == [text for text in greedy for _ in range(5)]
 
 
-def test_sample_rows_change_no_sample(policy):
-    """Parts that start from the same random numbers would repeat each other; and memory must not decide what is sampled."""
+@pytest.mark.parametrize("n, most", [(1, 1000), (3, 1000), (8, 1000), (8, 3)])
+def test_sample_parts_hold_all_within_the_budget(n, most):
+    """One long prompt, which decides how long the cache of every row is, must narrow its own part
+    and no other."""
+    rng = random.Random(0)
+    prompts = [[1] * rng.choice((2, 3, 4, 40)) for _ in range(30)]
+    for budget in (1, 60, 200, 10 ** 6):
+        parts = list(soar.sample_parts(prompts, n, 8, budget, most))
+        rows = [first + i for part, first, width in parts for i in range(len(part) * width)]
+        assert rows == list(range(30 * n))
+        assert all(part[0] is prompts[first // n] for part, first, _ in parts)
+        for part, _, width in parts:
+            rows, longest = len(part) * width, max(map(len, part))
+            assert rows == 1 or rows <= most and rows * (longest + 8) <= budget
+    assert len(parts) == 1 or most < 30 * n
+
+
+def test_sample_tokens_change_no_sample(policy):
+    """Parts that start from the same random numbers would repeat each other; and memory must not
+    decide what is sampled."""
     prompts = [policy.teacher_prompt(), policy.student_prompt(Problem("a= 4*5", ""))]
-    texts = [[r.text for r in soar.sample(policy, prompts, 12, 40, small_config(sample_rows=rows), soar.seeded("parts"))]
-             for rows in (1000, 12, 5)]
+    texts = []
+    for budget in (10 ** 6, 600, 250):
+        config = small_config(sample_tokens=budget)
+        rollouts = soar.sample(policy, prompts, 12, 40, config, soar.seeded("parts"))
+        texts.append([rollout.text for rollout in rollouts])
     assert texts[0] == texts[1] == texts[2] and len(set(texts[0][:12])) > 6
 
 
@@ -1203,6 +1303,38 @@ def test_adamw_equals_torch(weight_decay, clip):
         assert all(p.grad is None for p in ours.parameters())  # or the next batch would be added to this one
         for a, b in zip(ours.parameters(), theirs.parameters()):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adamw_in_pieces_is_adamw(dtype, monkeypatch):
+    """Temporaries as long as the embedding; a piece left out, done twice, rounded otherwise."""
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **kwargs or {})
+            in_place = "_." in str(function)
+            if isinstance(result, torch.Tensor) and not function.is_view and not in_place:
+                made.append(result.numel())
+            return result
+
+    def step(piece):
+        monkeypatch.setattr(soar, "PIECE", piece)
+        torch.manual_seed(0)
+        module = torch.nn.ParameterList([torch.randn(40, 50).to(dtype), torch.randn(7).to(dtype)])
+        state, generator = soar.adamw_state(module), torch.Generator().manual_seed(0)
+        for _ in range(3):
+            for p in module:
+                p.grad = torch.randn(p.shape).to(dtype)
+            made.clear()
+            with Sizes():
+                soar.adamw_step(module, state, 1e-2, Config(weight_decay=0.1), generator)
+        return [*module, *state["m"], *state["v"]]
+
+    made = []
+    whole = step(10 ** 6)
+    assert max(made) == 2000
+    for piece in (1999, 64):
+        assert same(step(piece), whole)
+        assert max(made) == piece
 
 
 @pytest.mark.parametrize("value", [0.02, -0.02, 1.0, -3.25, 1.003, -1e-3, 1e-30, 0.0])
@@ -1412,7 +1544,7 @@ def test_micro_batches_do_not_change_the_gradient(overrides, update_gradient):
     advantages = soar.rloo_advantages(torch.arange(12.0) ** 2 % 7, 4)
     whole = update_gradient(policy, rollouts, advantages, kl=0.1, micro_tokens=10 ** 6)
     if overrides.get("checkpointing"):
-        policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        soar.enable_checkpointing(policy.model)
     parts = update_gradient(policy, rollouts, advantages, kl=0.1, **overrides)
     assert whole.norm() > 1 and (parts - whole).norm() < 1e-4 * whole.norm()
     assert not policy.model.training  # or the sampler would refuse
@@ -1441,12 +1573,32 @@ def test_flat_groups_stay_in_the_denominator(update_gradient):
     assert (with_flat - alone * 8 / 12).norm() < 1e-4 * alone.norm()
 
 
+def test_sampler_gap_shows_when_another_policy_was_sampled():
+    """Sampling at one temperature and training at another, or by other weights, goes unnoticed."""
+    policy, config = bare_policy(random_model()), small_config(kl=0.0, temperature=0.7)
+    advantages = soar.rloo_advantages(torch.arange(12.0) ** 2 % 7, 4)
+
+    def gap(temperature):
+        luck = uniforms(12, 10, 3)
+        tokens, lengths, logprobs = soar.generate(policy.model, PROMPTS, 4, 10, temperature, luck)
+        rollouts = []
+        for i, length in enumerate(lengths):
+            completion, logprob = tokens[i, :length].tolist(), logprobs[i].sum().item()
+            rollouts.append(Rollout(PROMPTS[i // 4], completion, "", False, logprob))
+        state = soar.adamw_state(policy.model)
+        return soar.policy_update(policy, rollouts, advantages, state, 0.0, config)["sampler_gap"]
+
+    assert gap(0.7) < 1e-5
+    assert gap(1.0) > 0.05
+
+
 def test_update_without_signal_changes_nothing():
     """With all groups flat there is no gradient at all: moments and weights must stay, not decay."""
     policy = bare_policy(random_model(), random_model(seed=1))
     state = soar.adamw_state(policy.model)
     figures = soar.policy_update(policy, some_rollouts(policy.model), torch.zeros(12), state, 1.0, small_config())
-    assert figures == {"grad_norm": 0.0, "kl": 0.0} and state["t"] == 0 and same(policy.model.parameters(), policy.base)
+    assert figures == {"grad_norm": 0.0, "kl": 0.0, "sampler_gap": 0.0} and state["t"] == 0
+    assert same(policy.model.parameters(), policy.base)
 
 
 # ======================================================================================================================
@@ -1631,6 +1783,26 @@ def fresh_state(policy, **fields) -> soar.State:
     return soar.State(policy.base, soar.adamw_state(policy.model), policy.base, **fields)
 
 
+def test_teacher_moments_are_held_once(policy, monkeypatch):
+    """Old moments that stay on the host while the new ones arrive there: 16 bytes a weight. And
+    moments on the GPU while students train with their own: 22 instead of 14."""
+    with torch.device("meta"):
+        elsewhere = torch.nn.Linear(3, 2)
+    for device in ("cpu", None):
+        moments, device = soar.adamw_state(elsewhere, device), device or "meta"
+        assert {x.device.type for x in moments["m"] + moments["v"]} == {device}
+    state, config, update, held = fresh_state(policy), small_config(), soar.policy_update, []
+
+    def spy(*args):
+        held.append(state.moments)
+        return update(*args)
+
+    monkeypatch.setattr(soar, "policy_update", spy)
+    rollouts = soar.sample(policy, [policy.teacher_prompt()], 4, 12, config, soar.seeded(0))
+    soar.teacher_update(policy, rollouts, torch.tensor([1.0, -1.0, 1.0, -1.0]), state, config)
+    assert held == [{}] and state.moments["t"] == 1 and any(x.any() for x in state.moments["m"])
+
+
 @pytest.mark.parametrize("table, champion", [
     ([[0.1], [0.3]], (1, 0)), ([[0.5, 0.0], [0.3, 0.4]], (1, 1)), ([[0.3, 0.2, 0.4], [0.9, -0.3, 0.0]], (0, 0)),
     ([[0.0, 0.0], [0.0, 0.0]], (0, 1)), ([[-0.4, -0.2], [-0.1, -0.3]], (1, 0)),
@@ -1775,7 +1947,8 @@ def toy(base, cache, tmp_path_factory):
         "--teacher-prompt", f"{folder}/teacher.txt", "--cache", str(cache),
         *("--preset smoke --processes 1 --device cpu --steps 6 --n 4 --repeats 2 --inner-steps 3 --inner-extra 1 "
           "--seed 1 --batch 4 --group 8 --k 2 --pool 24 --reward-questions 8 --eval-samples 4 --tau -0.9 --window 2 "
-          "--student-tokens 24 --teacher-tokens 40 --student-lr 1e-2 --teacher-lr 1e-3 --sample-rows 64 "
+          "--student-tokens 24 --teacher-tokens 40 --student-lr 1e-2 --teacher-lr 1e-3 "
+          "--sample-tokens 4096 "
           "--micro-tokens 150").split()]
 
 
@@ -2102,7 +2275,7 @@ def test_no_network(dataset, toy, tmp_path, capsys):
     """The hub's libraries raise dozens of kinds of error, many lines long."""
     pytest.importorskip("datasets")
     refused(capsys, [*toy, "--out", str(tmp_path / "run"), "--cache", str(tmp_path), "--dataset", dataset], dataset, "network")
-    assert not (tmp_path / "run").exists()
+    assert nothing_done(tmp_path / "run")
 
 
 def test_bad_prompts_and_problems(toy, tmp_path, capsys):
@@ -2138,6 +2311,31 @@ def test_empty_hard_set(toy, tmp_path, monkeypatch, capsys):
     assert nothing_done(out)
 
 
+@pytest.mark.parametrize("error", [
+    AssertionError("Torch not compiled with CUDA enabled"),
+    RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nMore.")])
+def test_the_plan_says_why_there_is_no_gpu(error, policy, monkeypatch, capsys):
+    """A driver older than torch's CUDA looks like no GPU: an afternoon on the CPU, unnoticed."""
+    def init():
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "init", init)
+    soar.print_plan([], policy, small_config())
+    assert f"float32 on cpu (no GPU: {str(error).splitlines()[0]})" in capsys.readouterr().out
+    soar.print_plan([], policy, small_config(device="cpu"))
+    assert "float32 on cpu," in capsys.readouterr().out
+
+
+def test_choose_dtype(monkeypatch):
+    """bfloat16 on a T4, which emulates it at a quarter of the speed."""
+    assert soar.choose_dtype("cpu") == torch.float32
+    capability = None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    bfloat16 = torch.bfloat16
+    for capability, dtype in (((7, 5), torch.float32), ((8, 0), bfloat16), ((12, 0), bfloat16)):
+        assert soar.choose_dtype("cuda") == soar.choose_dtype("cuda:1") == dtype
+
+
 def no_memory(*_):
     raise MemoryError
 
@@ -2151,12 +2349,36 @@ def no_cpu_memory(*_):
 
 
 @pytest.mark.parametrize("fail", [no_memory, no_gpu_memory, no_cpu_memory])
-@pytest.mark.parametrize("function, flag", [("generate", "--sample-rows"), ("completion_logprobs", "--micro-tokens")])
+@pytest.mark.parametrize("function, flag", [
+    ("generate", "--sample-tokens"), ("completion_logprobs", "--micro-tokens")])
 def test_out_of_memory(function, flag, fail, toy, tmp_path, monkeypatch, capsys):
     """The message must name the flag that lowers the memory of what was going on."""
     monkeypatch.setattr(soar, function, fail)
     argv = [*toy, "--out", str(tmp_path / "run"), "--cache", str(tmp_path / "cache")]
     refused(capsys, argv, "memory", flag, "--resume")
+
+
+@pytest.mark.parametrize("error, memory", [
+    (MemoryError(), True),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), True),
+    (torch.AcceleratorError("CUDA error: out of memory"), True),
+    (torch.AcceleratorError("CUDA error: device-side assert triggered"), False),
+    (torch.AcceleratorError("CUDA error: no kernel image is available"), False),
+    (torch.distributed.DistBackendError("NCCL error: unhandled system error"), False),
+    (NotImplementedError("no such operator"), False)])
+def test_only_memory_is_called_out_of_memory(error, memory, capsys):
+    """Advice to lower --micro-tokens after a failed assertion on the GPU: a day is lost."""
+    def work():
+        raise error
+
+    if memory:
+        assert soar.guarded("soar", work, soar.Meter(), ["python"]) == 2
+        assert "out of memory" in capsys.readouterr().err
+    else:
+        with pytest.raises(type(error)):
+            soar.guarded("soar", work, soar.Meter(), ["python"])
 
 
 def test_nan_in_mid_run(toy, finished, tmp_path, capsys, monkeypatch):
@@ -3228,6 +3450,43 @@ def test_two_processes_evaluate_as_one(finished, tmp_path):
         files = {file.name: file.read_text() for file in (run / "eval").iterdir() if file.name != soar.LOCK}
         left.append((files, (run / "eval.md").read_text(encoding="utf-8")))
     assert left[0] == left[1] and len(left[0][0]) >= 8
+
+
+def test_an_interrupted_student_holds_its_moments_once(tiny_runs, tmp_path, monkeypatch):
+    """Fresh moments beside the loaded ones: 8 bytes a weight more than before the interruption."""
+    folder, path = copy_of(tiny_runs["grounded"], tmp_path / "run"), tmp_path / "student.pt"
+    settings = eval_.Settings(samples=32, points=2)
+    run = eval_.open_run(folder, eval_.read_config(folder, settings), settings)
+    result = {"points": [{"step": 0, "right": [0]}], "reward": [], "rollouts": 0}
+    moments = soar.adamw_state(run.policy.model)
+    torch.save({"weights": run.policy.base, "moments": moments, "result": result}, path)
+    monkeypatch.setattr(soar, "adamw_state", None)
+    batches = soar.epochs(run.train, 2, run.config.batch, soar.seeded("order"))
+    order = eval_.Order(path.with_suffix(".json"), "", batches, run.config, ("key",), 0)
+    result = eval_.make_student(run.policy, run.test, settings, order)
+    assert len(result["points"]) == 3
+
+
+@pytest.mark.parametrize("preset, hard", [
+    ("class", 100), ("class", 300), ("long", 500), ("paper", 720), ("smoke", 16)])
+@pytest.mark.parametrize("reward", ["grounded", "learnability"])
+def test_evaluation_takes_no_longer_than_the_run(preset, hard, reward):
+    """The paper's 1,500 steps by default: nine times the completions of the run whose claim they
+    check. And rows of one table that differ in length: a learnability run samples a tenth."""
+    config = soar.parse_config(["--dataset", "math", "--preset", preset, "--reward", reward])
+    run = eval_.Run(Path(), config, None, [None] * (hard // 2), [None] * (hard // 2), [], "", [])
+    settings = eval_.sized(eval_.Settings(), run)
+    grounded, questions = dataclasses.replace(config, reward="grounded"), config.reward_questions
+    whole = config.steps * soar.student_completions(grounded, 0, min(hard // 2, questions))
+    measured = hard // 2 * settings.samples
+    fresh = settings.steps * config.batch * config.group + (settings.points + 1) * measured
+    assert 1 <= settings.points <= settings.steps <= 1500
+    assert settings.synthetic_steps <= settings.steps / 2
+    if preset != "smoke":  # which is too short for anything
+        assert 2 * fresh + 2 * measured <= whole
+        assert settings.steps == 1500 or 2 * fresh + 2 * measured > 0.9 * whole
+    given = eval_.sized(eval_.Settings(steps=1500, points=7), run)
+    assert (given.steps, given.points, given.synthetic_steps) == (1500, 7, 64)
 
 
 def test_transfer_leaves_out_known_problems(finished, tmp_path, capsys):

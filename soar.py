@@ -1341,10 +1341,10 @@ def sample_parts(prompts: list[list[int]], n: int, max_new_tokens: int,
     """What is sampled side by side -> (prompts, number of their first row, rows of each prompt).
 
     A row's cache is as long as the longest prompt of its part and max_new_tokens together. A part
-    has at most `budget` tokens and `most` rows, but at least one row. It is some prompts with all
-    n rows of each or, where n alone is too wide, one prompt with some of its rows.
+    has at most `budget` tokens, but at least one row. It is some prompts with all n rows of each
+    or, where that is too much, one prompt with some of its rows.
 
-    >>> list(sample_parts([[1], [2], [3, 4]], 2, 3, budget=16, most=9))  # rows of 4, 4, 5 tokens
+    >>> list(sample_parts([[1], [2], [3, 4]], 2, 3, budget=16))  # rows of 4, 4, 5 tokens
     [([[1], [2]], 0, 2), ([[3, 4]], 4, 2)]
     """
     def fit(part: list[list[int]]) -> int:
@@ -2111,23 +2111,23 @@ def share(policy: Policy, task, common: tuple, jobs: list[tuple], costs: list[fl
         lists[owner].append(job)
         load[owner] += cost
     for worker, its_jobs in zip(policy.workers, lists[1:]):
-        worker.send((policy.source, task, common, its_jobs))
+        reach(worker.send, (policy.source, task, common, its_jobs))
     for job, owner in zip(jobs, owners):
         if owner == 0:
-            yield task(policy, *common, *job)
+            result = task(policy, *common, *job)
         else:
-            yield received(policy.workers[owner - 1])
+            result = reach(policy.workers[owner - 1].recv)
+        if isinstance(result, Exception):  # what the job has raised there
+            raise result
+        yield result
 
-def received(worker):
-    """The next result of another process. Raises UserError, and what the job raised there."""
+def reach(send_or_recv, *message):
+    """Speaks with another process. Raises UserError when it has died."""
     try:
-        result = worker.recv()
-    except (EOFError, OSError, RuntimeError):
-        raise UserError("another process of this run has died, perhaps for lack of memory; go on with --resume and with fewer "
-                        "--processes") from None
-    if isinstance(result, Exception):
-        raise result
-    return result
+        return send_or_recv(*message)
+    except (EOFError, OSError, RuntimeError):  # of pipes, and of torch.distributed
+        raise UserError("another process of this run has died, perhaps for lack of memory; go on with --resume and with "
+                        "fewer --processes") from None
 
 def serve(channel, number: int) -> None:
     """The life of the other processes: do jobs and send each result back, until None comes."""
@@ -2202,7 +2202,8 @@ def workers(policy: Policy, config: Config, jobs: int):
         policy.workers = [started(number) for number in range(1, process_count(policy, config, jobs))]
     yield
     for worker in policy.workers:
-        worker.send(None)
+        with contextlib.suppress(OSError, RuntimeError):
+            worker.send(None)
 
 def started(number: int):
     """A new process on this machine -> the channel to it."""

@@ -1115,21 +1115,21 @@ def test_sample_in_parts(budget, policy):
     assert [r.text for r in rollouts] == [text for text in greedy for _ in range(5)]
 
 
-@pytest.mark.parametrize("n, most", [(1, 1000), (3, 1000), (8, 1000), (8, 3)])
-def test_sample_parts_hold_all_within_the_budget(n, most):
+@pytest.mark.parametrize("n", [1, 3, 8])
+def test_sample_parts_hold_all_within_the_budget(n):
     """One long prompt, which decides how long the cache of every row is, must narrow its own part
     and no other."""
     rng = random.Random(0)
     prompts = [[1] * rng.choice((2, 3, 4, 40)) for _ in range(30)]
     for budget in (1, 60, 200, 10 ** 6):
-        parts = list(soar.sample_parts(prompts, n, 8, budget, most))
+        parts = list(soar.sample_parts(prompts, n, 8, budget))
         rows = [first + i for part, first, width in parts for i in range(len(part) * width)]
         assert rows == list(range(30 * n))
         assert all(part[0] is prompts[first // n] for part, first, _ in parts)
         for part, _, width in parts:
             rows, longest = len(part) * width, max(map(len, part))
-            assert rows == 1 or rows <= most and rows * (longest + 8) <= budget
-    assert len(parts) == 1 or most < 30 * n
+            assert rows == 1 or rows * (longest + 8) <= budget
+    assert len(parts) == 1
 
 
 def test_sample_tokens_change_no_sample(policy):

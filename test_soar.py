@@ -2058,7 +2058,9 @@ def test_two_processes_come_to_the_same_as_one(toy, finished, tmp_path):
     one, two = outcome(finished), outcome(tmp_path / "two")
     assert len(one["log"]) == len(two["log"])
     for row, other in zip(one["log"], two["log"]):  # parts of the teacher's gradient are added in another order
-        assert row.pop("teacher") == pytest.approx(other.pop("teacher"), rel=1e-5)
+        teacher, expected = row.pop("teacher"), other.pop("teacher")
+        assert max(teacher.pop("sampler_gap"), expected.pop("sampler_gap")) < 1e-6  # nothing but rounding
+        assert teacher == pytest.approx(expected, rel=1e-5)
         assert row == other
     for name in one.keys() - {"log", "teacher/model.safetensors"}:
         assert one[name] == two[name]

@@ -1004,7 +1004,6 @@ def first_line(error: Exception) -> str:
 def load_model(path: str, config: Config, trained: bool = True) -> tuple:
     """(model, tokenizer) from the hub or a folder, in eval mode.
 
-
     trained=False is for a model that only reads (eval.py's --embedder): it needs no output layer.
     Raises UserError when there is no such model, it is gated, its weights are not those that its configuration
     speaks of, or the network or the device is missing.
@@ -1115,32 +1114,38 @@ def self_check(policy: Policy, config: Config) -> None:
     ways does not know makes tenths. Random numbers in training (dropout, a jitter of routers) make two passes differ, even
     where they are small. The check knows no model by name, so it holds for those that are still to come.
     """
-    model, limit = policy.model, 8
-    prompts = [policy.student_prompt(Problem(text, "")) for text in ("What is 1+1?", "What is the sum of 1 and 2?")]
-    uniforms = torch.rand(4, limit, generator=seeded("self-check")).to(model.device)
+    model, temperature = policy.model, config.temperature
+    questions = ("What is 1+1?", "What is the sum of 1 and 2?")
+    prompts = [policy.student_prompt(Problem(question, "")) for question in questions]
+    uniforms = torch.rand(4, 8, generator=seeded("self-check")).to(model.device)
     try:
-        tokens, lengths, sampled = generate(model, prompts, 2, limit, config.temperature, uniforms)
-        rollouts = [Rollout(prompts[i // 2], tokens[i, :lengths[i]].tolist(), "", False) for i in range(4)]
-        own = [own_logprobs(model, rollout, config.temperature) for rollout in rollouts]  # [4][length]
+        tokens, lengths, sampled = generate(model, prompts, 2, 8, temperature, uniforms)
+        rollouts = []
+        for i in range(4):
+            rollouts.append(Rollout(prompts[i // 2], tokens[i, :lengths[i]].tolist(), "", False))
+        own = [own_logprobs(model, rollout, temperature) for rollout in rollouts]  # [4][length]
         model.train(config.checkpointing)
-        trained, again = (completion_logprobs(model, rollouts, config.temperature) for _ in range(2))  # [4], [4]
+        trained = completion_logprobs(model, rollouts, temperature)  # [4]
+        again = completion_logprobs(model, rollouts, temperature).detach()
         trained.sum().backward()
         model.eval()
     except Exception as error:  # other architectures fail in their own ways
         if isinstance(error, UserError) or is_out_of_memory(error):
             raise
-        raise UserError(f"this kind of model ({type(model).__name__}) cannot be sampled and trained by soar.py "
-                        f"({first_line(error)}); take another --model") from None
-    trained, again, totals = trained.detach(), again.detach(), torch.stack([row.sum() for row in own])  # [4] each
+        raise UserError(f"this kind of model ({type(model).__name__}) cannot be sampled and trained by "
+                        f"soar.py ({first_line(error)}); take another --model") from None
+    trained, totals = trained.detach(), torch.stack([row.sum() for row in own])  # [4], [4]
+    by_token = torch.cat([sampled[i, :len(row)] - row for i, row in enumerate(own)])
     far = 1e-3 if model.dtype == torch.float32 else 0.15  # between rounding and a fault
-    gaps = {  # what is compared, and how far it may be off a token
-        "sampled": (torch.cat([(sampled[i, :len(row)] - row).abs() for i, row in enumerate(own)]).mean(), far),
-        "trained": (((trained - totals).abs() / lengths).mean(), far),
-        "trained (at random)": (((trained - again).abs() / lengths).mean(), far / 100)}
-    for way, (gap, limit) in gaps.items():
-        if not gap <= limit:  # NaN is not, either
-            raise UserError(f"this kind of model ({type(model).__name__}) is {way} wrongly by soar.py: the log-probability "
-                            f"of a token is {gap:.2g} off on average, so every figure would be wrong; take another --model")
+    gaps = [  # (what is compared, how far it is off a token, how far it may be)
+        ("sampled wrongly", by_token.abs().mean(), far),
+        ("trained wrongly", ((trained - totals).abs() / lengths).mean(), far),
+        ("trained at random", ((trained - again).abs() / lengths).mean(), far / 100),
+    ]
+    for fault, gap, allowed in gaps:
+        if not gap <= allowed:  # NaN is not, either
+            raise UserError(f"this kind of model ({type(model).__name__}) would be {fault} by soar.py: the "
+                            f"log-probability of a token is {gap:.2g} off; take another --model")
     for name, p in model.named_parameters():
         if p.grad is not None and not torch.isfinite(p.grad).all():
             raise UserError(f"the gradient of {name} is NaN or infinite before any training; take another --model")

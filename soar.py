@@ -1169,7 +1169,7 @@ def learnability_rewards(policy: Policy, datasets: list[list[Problem]], state: S
 # refused before it grows too long. A verdict depends on the two texts alone. There are three steps,
 # and each can be printed:
 #     _tokens(_respell(r"\left( \dfrac12, 5\text{ cm} \right)")):  ( \frac { 1 } { 2 } , 5 "cm )
-#     _read(tokens):      [("()", ("\frac", "1", "2"), ('"cm', "5"))], a tree for each item of a list
+#     _read(tokens):      [("()", ("\frac", "1", "2"), ('"cm', "5"))], a tree for each item listed
 #     _spellings(trees):  "(0.5; 5.0)", which is how all trees of the same meaning are spelled
 # A text with two meanings, as 70,110 or 25\% or y=2x, has two spellings. Answers that share one are
 # equal. Labels and units are kept apart, and must agree only where both answers have some.
@@ -1225,6 +1225,7 @@ _UNICODE_RULES = [(re.compile(old), new) for old, new in (
     ("[₀-₉]+", r"_{\g<0>}"),                                 # x₁ -> x_{₁} -> x_{1}
     ("[¼-¾⅐-⅞]", r" \g<0>"),                                 # 2½ -> 2 ½ -> 2 1⁄2
     ("[−–—‐]", "-"),                                         # all dashes are minus signs
+    (r"\s", " "),                                            # and all kinds of space are one
 )]
 _RULES = [(re.compile(old, re.ASCII), new) for old, new in (
     (r"(?<!\\)(\$|\\[()[\]]|\\displaystyle)", ""),           # $x$ -> x
@@ -1246,7 +1247,6 @@ _RULES = [(re.compile(old, re.ASCII), new) for old, new in (
     (r"(\d+):\s*(0\d)(?!\W*[apAP]\.?[mM])", r"(\1+\2/60)"),  # 11:00 -> (11+00/60)
     (r"(\d+):\s*(\d\d)([^:\d]*?)([apAP])\.?[mM]\.?",
      r"(\1+\2/60)\3\4m"),                                    # 4:30 p.m. -> (4+30/60) pm
-    (r"(?<=\d)\s+(?=\.?\d)", " ? "),                         # 4 5 -> 4 ? 5, and ? cannot be read
     (r"(?<=\d)_\{?(\d+)\}?", r"\\text{b\1}"),                # 12_8 -> 12\text{b8}, as if a unit
     (r"(?<=\d) ([mgs])$", r"\\text{\1}"),                    # 5 m -> 5\text{m}
     (r"^(\\text\{)?([A-Z])[a-z ]+\}?\s*=", r"\2="),          # Area = 5 -> A=5
@@ -1393,7 +1393,7 @@ _BINDING = {}
 for _level, _operators in enumerate(_LEVELS):
     _BINDING |= dict.fromkeys(_operators.split(), _level)
 _RELATIONS = set(_LEVELS[2].split())
-_SHAPES = {"()", "[]", "(]", "[)", "⟨⟩"}
+_SHAPES = {"()", "[]", "(]", "[)", "⟨⟩"}     # tuples and intervals; ⟨⟩ is a row of a matrix
 _NUMBER = re.compile(r"\.?\d", re.ASCII)
 _ATOM = re.compile(r"\.?\d|[a-zA-Zα-ωΦ∅]|\\(pi|infty)$", re.ASCII)
 
@@ -1430,6 +1430,8 @@ def _parse(tokens: list[str], level: int = 0) -> Tree:
 def _operand(tokens: list[str], level: int) -> Tree:
     """A number, a name, or what begins with a sign, a function or a bracket."""
     token = tokens.pop()
+    if _NUMBER.match(token) and _NUMBER.match(tokens[-1]):
+        raise ValueError("4 5 is no product")
     if _ATOM.match(token):
         return token
     if token in ("+", "-"):
@@ -1443,7 +1445,9 @@ def _operand(tokens: list[str], level: int) -> Tree:
     inner = _parse(tokens)
     pair = token + tokens.pop()
     if pair == "{}" or pair in ("()", "[]", "⟨⟩") and inner[0] != ",":
-        return inner
+        return inner                                         # a group
+    if pair not in _SHAPES and pair not in _OPERATIONS:
+        raise ValueError(f"{pair} is no pair of brackets")
     return (pair, *_items(inner))
 
 def _items(tree: Tree) -> list[Tree]:
@@ -1508,7 +1512,7 @@ def _binomial(n: Number, k: Number) -> Number:
     return _divide(_factorial(n), _factorial(k) * _factorial(n - k))
 
 def _floor(x: Number) -> Number:
-    return Fraction(int(_mp.floor(x + _mp.mpf("1e-90"))))     # log_2 8 may be 2.999...
+    return Fraction(int(_mp.floor(x + _mp.mpf("1e-90"))))    # (\sqrt6)^2 may be 5.999...
 
 def _root(x: Number, n: Number = 2) -> Number:
     if isinstance(x, Fraction) and x < 0 and n == 3:

@@ -170,10 +170,10 @@ def test_generators_depend_on_all_of_their_key():
 
 
 # ======================================================================================================================
-# 2. Verifier: a table of cases, and properties over real answers, their rewrites and near misses, and hostile texts
+# 2. Verifier: a table of cases, hostile texts, and properties over real answers
 # ======================================================================================================================
 
-# A row is an answer and other ways to write it (==), or an answer and wrong ones (!=). To add a case, add a row.
+# A row is an answer and other ways to write it (==), or an answer and wrong ones (!=).
 CASES = r"""
 # integers, decimals, thousands: the five spellings of 15,600 beside lists and tuples
 5 == 5.0
@@ -229,6 +229,9 @@ e == e^1 == \exp(1)
 1.25 != 12.5 != 1.2 != 1.3
 \frac{10^{50}+1}{10^{50}} != 1
 0 != 1 != \emptyset
+3.1415926536 != \pi
+0.333333333333 != 0.33333
+5\,6 != 30 != 56
 
 # matrices: a column is not a row, nor a matrix the list of its cells
 \begin{pmatrix}1&2\\3&4\end{pmatrix} == \begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}
@@ -708,6 +711,8 @@ x^{-1} == 1/x
 (x^2)^3 == x^6
 2/3x == \frac23x
 f\left(2\right) == f(2)
+2^-1x == \frac{x}{2}
+\text{245 yd.} == 245
 2^{100}(x-1)-(x-2) != 2^{100}(x-1)-(x-2)+1
 \frac{y_3-y_1}{x_3-x_1} != 1
 2n_1 != 2n
@@ -859,6 +864,10 @@ ln(8) == 3 log(2)
 2^{-1}3 == 1.5
 2-(3-1) == 0
 2^3\frac12 == 4
+2^3^2 == 512
+\lfloor\frac{\ln 1000}{\ln 10}\rfloor == 3
+\lfloor\frac{\ln 125}{\ln 5}\rfloor == 3
+\lfloor(\sqrt{6})^2\rfloor == 6
 \frac{1}{2004!} != \frac{1}{2006!}
 \log 2 != \log_{10} 2
 (3) != (3]
@@ -876,6 +885,8 @@ e^2 != 2e != 7.39
 2^{100} != 1267650600228229401496703205377
 10^{-100} != 0
 \log 0 != -\infty
+2^3^2 != 64
+5\quad 6 != 30 != 56
 """
 
 def rows_of(table: str) -> list[tuple[bool, list[str]]]:
@@ -941,17 +952,38 @@ STRANGE = [
     "٥", "⁵", "₅", "Ⅴ", "五", "½½½", "²", "∞∞", "∑", "√√√", "\u202e5", "5\u200b", "\u200b5",
     "5\u0301", "\ufeff5", "é", "ﬁ", "ﷺ" * 20, "ﷺ" * 399, "\u0130", "🙂" * 300, "\x00", "5\x00",
     "\x005", "\x1b[31m5", "\ud800", "5\udfff", "\udc00" * 99, "∎", "∎5", "5∎", "⟦5⟧", "′", "f′′",
-    "α" * 200, "×5", "÷", "∅∅", "", " ", "\n", "~" * 399, " " * 399]
+    "α" * 200, "×5", "÷", "∅∅", "", " ", "\n", "~" * 399, " " * 399, "\u2028", "5\u20286", "5\x1c6",
+    "5\x856", "5\u30006"]
 HOSTILE = {"code": CODE, "sizes": SIZES, "nests": NESTS, "patterns": PATTERNS, "strange": STRANGE}
 
-BOXES = [(r"\boxed{1} and \boxed{2}", "2"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\fbox{7}", "7"), ("7", None),
-         (r"\boxed{1} then \boxed{2", "1"), (r"\boxed{1} \boxed{}\boxed{ }", "1"), (r"\boxed{\{1,2\}}", r"\{1,2\}"),
-         (r"} \boxed {3} {", "3"), (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."), (r"\boxed{1 \boxed{2}}", "2")]
+BOXES = [
+    (r"\boxed{1} and \boxed{2}", "2"),
+    (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+    (r"\fbox{7}", "7"),
+    ("7", None),
+    (r"\boxed{1} then \boxed{2", "1"),
+    (r"\boxed{1} \boxed{}\boxed{ }", "1"),
+    (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+    (r"} \boxed {3} {", "3"),
+    (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
+    (r"\boxed{1 \boxed{2}}", "2"),
+    ("\\boxed{\n\\begin{pmatrix}1\\\\2\\end{pmatrix}\n}.", r"\begin{pmatrix}1\\2\end{pmatrix}")]
 
-REWARDS = [(r"so \boxed{7}", 120), (r"\boxed{x=7}", 120), (r"\boxed{8}, no, \boxed{7}", 120),
-           (r"\boxed{7}, no, \boxed{8}", 20),
-           (r"\(7\) or \boxed{8}", 20), (r"$x=7$ \boxed{8}", 20), (r"\boxed{8}", 10), (r"7 \boxed{8}", 10), ("$7$", 0),
-           (r"$7$" + "$1$" * 10 + r"\boxed{8}", 10), (r"\boxed{7", 0), (r"$7$ \boxed{ }", 0), ("", 0)]
+REWARDS = [
+    (r"so \boxed{7}", 120),
+    (r"\boxed{x=7}", 120),
+    (r"\boxed{8}, no, \boxed{7}", 120),
+    (r"\boxed{7}, no, \boxed{8}", 20),
+    (r"\(7\) or \boxed{8}", 20),
+    (r"$x=7$ \boxed{8}", 20),
+    (r"\boxed{8}", 10),
+    (r"7 \boxed{8}", 10),
+    ("$7$", 0),
+    (r"$7$" + "$1$" * 10 + r"\boxed{8}", 10),
+    (r"$7$" + "$1$" * 9 + r"\boxed{8}", 20),
+    (r"\boxed{7", 0),
+    (r"$7$ \boxed{ }", 0),
+    ("", 0)]
 
 PARSES = ["5", r"\frac{3}{4}", "x^2+1", "(1,2)", "a= 56 ,b= 54", "[0,1)", r"\$5", r"5\text{ cm}", "C",
           r"x \in [0,1]", r"\pm 3"]
@@ -1014,7 +1046,7 @@ def test_boxes_take_linear_time():
 
 @pytest.mark.parametrize("completion, reward", REWARDS)
 def test_student_reward(completion, reward):
-    """The partial reward is for the last formulas and boxes only: a long list of guesses must not pay."""
+    """The partial reward is for the last formulas and boxes only: a list of guesses must not pay."""
     assert student_reward(completion, "7") == reward
 
 
@@ -1078,18 +1110,22 @@ def test_arbitrary_text_never_raises():
         assert verdict in (True, False) and verdict == answers_equal(right, left)
         assert parses(left) in (True, False)
         assert student_reward(rf"\boxed{{{left}}}", right) in (0, 10, 20, 120)
+    for code in [*range(0x3100), *range(0x3100, 0x110000, 97)]:
+        if chr(code) not in "*\u00b7\u0387×∗⋅¹⑴﹡＊":  # products
+            assert answers_equal(f"5{chr(code)}6", "30") is False
 
 
 def real_golds(name: str) -> list[str]:
     folder = os.environ.get("SOAR_REAL_DATA")
     if not folder:
-        pytest.skip("SOAR_REAL_DATA names no folder with math_test.jsonl, harp.jsonl and olympiadbench.jsonl")
-    return [json.loads(line)["answer"] for line in open(Path(folder, f"{name}.jsonl"), encoding="utf-8")]
+        pytest.skip("SOAR_REAL_DATA names no folder with the data sets")
+    lines = Path(folder, f"{name}.jsonl").read_text("utf-8").split("\n")
+    return [json.loads(line)["answer"] for line in lines if line]
 
 
 def real_answers(count: int) -> list[str]:
-    answers = {answer for name in ("math_test", "harp", "olympiadbench") for answer in real_golds(name)}
-    return random.Random(0).sample(sorted(answers), count)
+    answers = real_golds("math_test") + real_golds("harp") + real_golds("olympiadbench")
+    return random.Random(0).sample(sorted(set(answers)), count)
 
 
 WORD = re.compile(r"(?<![a-zA-Z])(?!sin|cos|log)[a-zA-Z]{3,}|\b(by|to|no|is|th|Ps)\b")
@@ -1097,7 +1133,7 @@ WORD = re.compile(r"(?<![a-zA-Z])(?!sin|cos|log)[a-zA-Z]{3,}|\b(by|to|no|is|th|P
 
 @pytest.mark.parametrize("name", ["math_test", "harp", "olympiadbench"])
 def test_real_golds_are_read(name):
-    """A gold that is not read is matched by its own spelling only: without English words, 99.5 % are read."""
+    """An unread gold is matched by its own spelling only; of those without English words 0.5 % may be."""
     golds = real_golds(name)
     unread = [gold for gold in golds if not parses(gold)]
     bare = [gold for gold in unread if not WORD.search(re.sub(r"\\[a-zA-Z]+", " ", gold))]
@@ -1115,7 +1151,8 @@ def rewrites(answer: str):
     yield re.sub(r"(?<!\d)(?<!\d )\\d?frac\{(\w+)\}\{(\w+)\}", r"{(\1)/(\2)}", answer)
     yield re.sub(r"\\sqrt\{(\d)\}", r"\\sqrt\1", answer.replace(r"\sqrt", r"\sqrt "))
     yield re.sub(r"\\sqrt\{(\d+)\}", r"√{\1}", answer)
-    yield answer.replace(r"\pi", "π ").replace(r"\infty", "∞").replace(r"\cup", "∪").replace(r"\cdot", r"\times ")
+    yield answer.replace(r"\pi", "π ").replace(r"\infty", "∞")
+    yield answer.replace(r"\cup", "∪").replace(r"\cdot", r"\times ")
     yield re.sub(r"\^\{(\d)\}", r"^\1", re.sub(r"\^(\w)", r"^{\1}", answer))
     if not words:
         yield re.sub(r"\\sqrt\{(\w+)\}", r" sqrt(\1)", answer)
@@ -1136,21 +1173,24 @@ def rewrites(answer: str):
             yield f"{int(answer):,}".replace(",", comma)
     if found := re.fullmatch(r"(-?)\\d?frac\{(\d+)\}\{([1-9]\d*)\}", answer):
         sign, p, q = found[1], int(found[2]), int(found[3])
-        yield from (f"{sign}{p}/{q}", rf"{sign}\frac{{{3 * p}}}{{{3 * q}}}", rf"\frac{{{sign}{p}}}{{{q}}}")
+        yield from (f"{sign}{p}/{q}", rf"\frac{{{sign}{p}}}{{{q}}}")
+        yield rf"{sign}\frac{{{3 * p}}}{{{3 * q}}}"
         if p > q and p % q:
             yield from (rf"{sign}{p // q}\frac{{{p % q}}}{{{q}}}", f"{sign}{p // q} {p % q}/{q}")
         if 10**6 % q == 0:
             yield sign + f"{p / q:.6f}".rstrip("0").rstrip(".")
     if not words and not re.search(r"[()\[\]{}\\]|\d,\d{3}|[a-z], *[a-z]", answer) and "," in answer:
         items = answer.split(",")
-        yield from (", ".join(items[::-1]), r"\{" + answer + r"\}", " and ".join(items), ";".join(items))
+        yield from (", ".join(items[::-1]), " and ".join(items), ";".join(items))
+        yield r"\{" + answer + r"\}"
     if not re.search(r"[^-+\d^*/{}()a-z\\ ]|\\(?!frac|sqrt|pi)|\d\s*\\frac|\d \d|[a-z]{4} ", answer):
-        yield from (f"({answer})", rf"1\cdot({answer})", rf"\frac{{{answer}}}{{1}}", f"2({answer})-({answer})")
+        yield from (f"({answer})", rf"1\cdot({answer})", f"2({answer})-({answer})")
 
 
 def near_misses(answer: str):
     """Wrong answers that look like it."""
-    plain = re.sub(r"\\(text|mbox|hspace)\{[^{}]*\}(\^\{?\d\}?)?", lambda found: "#" * len(found[0]), answer)
+    words = r"\\(text|mbox|hspace)\{[^{}]*\}(\^\{?\d\}?)?"
+    plain = re.sub(words, lambda found: "#" * len(found[0]), answer)
     for digit in list(re.finditer(r"\d", plain))[:3]:
         yield answer[:digit.start()] + str((int(digit[0]) + 1) % 10) + answer[digit.end():]
     if re.fullmatch(r"[\d./]*[1-9]|\\d?frac\{\d+\}\{\d+\}|\d*\\sqrt\{\d+\}|\d*\\pi", answer):
@@ -1159,13 +1199,14 @@ def near_misses(answer: str):
         items = [item.strip() for item in found[1].split(",")]
         if items[0] != items[1]:
             yield "(" + ",".join([items[1], items[0], *items[2:]]) + ")"
-        yield from (f"[{found[1]}]", f"[{found[1]})", f"({found[1]},0)", "(" + ",".join(items[:-1]) + ")")
+        yield from (f"[{found[1]}]", f"[{found[1]})", f"({found[1]},0)")
+        yield "(" + ",".join(items[:-1]) + ")"
     if re.fullmatch(r"-?\d+(, ?-?\d{1,2})+", answer):
         yield from (answer + ",7777", answer[answer.index(",") + 1:], f"({answer})")
 
 
 def test_real_answers_equal_their_rewrites_and_not_their_near_misses():
-    """Reflexive, symmetric, and neither too strict nor too loose on what the data sets really contain."""
+    """Symmetric, and neither too strict nor too loose on what the data sets really contain."""
     wrong = []
     for answer in real_answers(1000):
         for kind, others in ((True, rewrites(answer)), (False, near_misses(answer))):
@@ -1195,17 +1236,17 @@ def seconds_without_cache(pairs: list[tuple[str, str]]) -> list[float]:
 
 
 def test_speed_without_the_cache():
-    """A step grades hundreds. Typical: median 0.2 ms, 95 of 100 in 1 ms; the bounds allow for slow machines."""
+    """A step grades hundreds. Typical: median 0.2 ms, 95 of 100 under 1 ms; the bounds are loose."""
     rng = random.Random(0)
     texts = rng.sample([text for _, row in ROWS for text in row], 600)
-    sheets = ["a= %d ,b= %d ,c= %d ,d= %d ,e= %d" % tuple(rng.choices(range(100), k=5)) for _ in range(600)]
+    sheets = [soar.worksheet(rng.choices(range(100), k=5)) for _ in range(600)]
     for texts in (texts, sheets):
         times = seconds_without_cache(list(zip(texts, texts[1:])))
         assert times[len(times) // 2] < 0.002 and times[len(times) * 95 // 100] < 0.015
 
 
 def test_speed_of_a_step_by_the_cache(monkeypatch):
-    """The gold answer meets a whole group, whose predictions repeat each other: each text is read once."""
+    """The gold answer meets a whole group, whose predictions repeat: each text is read once."""
     calls = []
     respell = soar._respell
     monkeypatch.setattr(soar, "_respell", lambda text: calls.append(text) or respell(text))

@@ -1688,7 +1688,8 @@ def _readings(text: str) -> dict[str, tuple]:
         with contextlib.suppress(Exception):                 # it is no mathematics, or too long
             for spelling, labels in _spellings(_read(tokens)):
                 readings[spelling] = labels, units
-    readings["words " + words.lower()] = {words} if readings else set(), set()
+    if words:
+        readings["words " + words.lower()] = {words} if readings else set(), set()
     return readings
 
 def parses(text: str) -> bool:

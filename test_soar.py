@@ -887,6 +887,7 @@ e^2 != 2e != 7.39
 \log 0 != -\infty
 2^3^2 != 64
 5\quad 6 != 30 != 56
+\quad != \,
 """
 
 def rows_of(table: str) -> list[tuple[bool, list[str]]]:

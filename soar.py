@@ -27,8 +27,8 @@ What to type (times and memory: README.md):
 Simplified from the paper: one live model a process, in which teacher and students take turns; one update a batch, so exactly
 on-policy, with no importance ratio and no clipping of it.
 
-Contents: 1 Config, 2 Verifier, 3 Problems, 4 The tiny world, 5 Policy, 6 Sampler, 7 The hard set, 8 Optimizer, 9 RLOO,
-10 The tiny world's base model, 11 Inner loop, 12 Teacher, 13 Reward and promotion, 14 The run folder, 15 Outer loop, 16 Main.
+Contents: 1 Config, 3 Problems, 4 The tiny world, 5 Policy, 6 Sampler, 7 The hard set, 8 Optimizer, 9 RLOO, 10 The tiny
+world's base model, 11 Inner loop, 12 Teacher, 13 Reward and promotion, 2 Verifier, 14 The run folder, 15 Outer loop, 16 Main.
 Read from the top; in a hurry, read 9, 11, 12, 13 and 15, which are SOAR. The others are what makes it run.
 """
 from __future__ import annotations
@@ -57,20 +57,21 @@ import tempfile
 import textwrap
 import threading
 import time
+import unicodedata
 import urllib.request
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 from itertools import islice, pairwise
-from operator import add, mul, sub, truediv
+from operator import add, mul
 from pathlib import Path
 
+import mpmath  # comes with sympy
 import numpy as np
-import sympy
 import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
@@ -245,225 +246,6 @@ def seeded(*key, device="cpu") -> torch.Generator:
     return torch.Generator(device).manual_seed(int(fingerprint(*key), 16) >> 1)
 
 
-# ======== 2. Verifier: when is an answer right? =======================================================================
-
-# A model wrote the text, so it is never run as code: a parser with a whitelist of names reads it, and every size is capped
-# BEFORE it is built. A verdict depends on the two texts alone, not on a clock or a random number:
-#   _normalise  one spelling for one answer: "\left( \dfrac12 , 5\text{ cm} \right)" becomes '(\frac{1}{2},"c"5)'
-#   _read       gives a number, or a kind and its items: "list" for any order, "()" or "[)" for this one, "x=" for x=5
-#   _same       compares them. A symbol has eight numbers that its name decides: x^2-1 and (x-1)(x+1) agree at all
-
-RIGHT, MAX_GUESSES = 120.0, 10                        # paper, section 3; formulas that can earn the partial reward
-MAX_CHARS, MAX_NESTING, MAX_BITS = 400, 70, 1 << 15   # real answers: 198 characters, 53 that can nest, 2^4950 and 2004!
-DIGITS, NEAR, POINTS = 80, sympy.Float("1e-50"), 8    # NEAR is relative: an absolute one makes all tiny numbers equal
-
-def _boxes(text: str):
-    """The contents of the complete, non-blank boxes, the last one (by its opening) first. Takes linear time."""
-    stack, spans = [], []                             # for each open brace: where its box's content starts, or None
-    for token in re.finditer(r"(\\(?:boxed|fbox)\s*\{)|\\.|([{}])", text, re.S):     # the middle passes over \{ and \}
-        if token[1] or token[2] == "{":
-            stack.append(token.end() if token[1] else None)
-        elif token[2] and stack and (start := stack.pop()) is not None:
-            spans.append((start, token.start()))
-    return filter(None, (text[start:end].strip() for start, end in sorted(spans, reverse=True)))
-
-def extract_boxed(text: str) -> str | None:
-    r"""The content of the last complete box; an unclosed or blank box is no answer.
-
-    >>> extract_boxed(r"\boxed{1}, no: \boxed{\frac{1}{2}}. So \boxed{ } or \boxed{")
-    '\\frac{1}{2}'
-    """
-    return next(_boxes(text), None)
-
-# -- Step 1: one spelling. In quotes: words, and in front of its number the first letter of a unit, or %, or the base as _5.
-_SPELLINGS = {old: new for new, olds in {
-    " ": r"\left \right \big \Big \bigg \Bigg \displaystyle \quad \qquad \( \) \[ \] \, \; \: \! $ ~", "-": "−", "^": "**",
-    r"\frac": r"\dfrac \tfrac \cfrac", "*": r"\cdot \times ×", "/": r"\div", ",": r"\cup ∪", r"\log": r"\ln", "<": r"\lt",
-    ">": r"\gt", "≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=", "=": r"\in \approx", "{": r"\{", "}": r"\}",
-    ")": r"\rfloor \rceil", r"\floor(": r"\lfloor", r"\ceiling(": r"\lceil", r"\pi ": "π pi", r"\infty ": "∞", "±": r"\pm",
-    r"\root{2}": r"\sqrt √ sqrt", '"degrees"': r"^\circ ^{\circ} °", '"%"': r"\% %", '"d"': r"\$ \textdollar €",
-}.items() for old in olds.split()}
-_TEXT, _NAME, _SIDE = r"\\(?:text(?!d)[a-z]*|mbox|math(?:rm|bf))\s*", r"\\?[a-zA-Z]+'*(?:_(?:\w|\{\w+\}))?", r"([^,<>≤≥]+)"
-_REWRITES = [(re.compile(pattern, re.A), new) for pattern, new in (
-    (r"\\begin\{\w+\}(?:\{[clr|]*\})?", "(("), (r"(?:\\\\)?\s*\\end\{\w+\}", "))"), (r"\\\\", "),("), ("&", ","),  # matrices
-    (r"(?<=\d)\s*(?:,\s*\\!|\{\s*,\s*\})\s*(?=\d)", ""), (r"\\sqrt\s*\[(\w+)\]", r"\\root{\1}"),    # 5,\!460 10{,}000
-    (r"\\log\s*_\s*(\w|\{\w+\})", r"\\logarithm{\1}"), (r"(\\(?:sin|cos|tan|sec))\s*\^\s*(\d|\{\d\})", r"\\power{\2}\1"),
-    (r"\\hspace\{[^{}]*\}|\\ |(?<=[\d})])\s*\\approx.*|\s*[.,](?:[\s$]|\\[)\]])*$", " "),   # also what follows \approx
-    (_TEXT + r"\{([^a-z{}]*|e)\}", r" \1 "), (_TEXT + r"\{([^{}]*)\}", r'"\1"'),    # (E) and 12 need no \text
-    (r"\^(?:\\circ|\{\\circ\})|\\[a-zA-Z]+|\\.|\*\*|[<>]=|sqrt|pi\b|[^\w\s\\]", lambda m: _SPELLINGS.get(m[0], m[0])),
-    (r"\\frac\s*(\w)", r"\\frac{\1}"), (r"(\\frac\s*\{[^{}]*\})\s*(\w)", r"\1{\2}"), (r"\{([,-])\}", r"\1"),  # \frac43, {-}1
-    (r'[\s,]*(?:"[\s,]*)?\b(?:and|or)\b(?:[\s,]*")?[\s,]*', ","), (r"(?<=\d)\s*\\frac\s*\{(\d+)\}\s*\{(\d+)\}", r" \1/\2"),
-    (r"(?<![\w.^/])(\d+)\s+(\d+)/(\d+)", lambda m: "({}+{}/{})".format(*m.groups()) if int(m[2]) < int(m[3]) else "?"),
-    (r"\|([^|]*)\|", r"\\Abs(\1)"), (r"(?<=\d)e([+-]?\d+)", r"*10^{\1}"), (r"^([^,]*)±([^,]*)$", r"\1+\2,\1-\2"),
-    (r'^[^\d,([{]*[1-9]\d{0,2}(?:(?:[, ]\d{3})+|(?:,\s*\d{3}){2,})(?:\.\d+)?[^\d,]*$',   # 12,500; but 1,2 is a list
-     lambda m: re.sub(r"(?<=\d)[,\s]+(?=\d)", "", m[0])), (";", ","), (r"^([^a-zA-Z=]*=)", r"?\1"),   # 4=5 is unclear
-    (r'(\\(?:sin|cos|tan)(?![a-z])[^"]*)"degrees"', r"\1\\pi/180"), (r"(?<=\d)_\{?(\d+)\}?", r'"_\1"'), (r'-\s*"d"', '"d"-'),
-    # Words behind a number are its unit, which moves to the front: 5"cm" is "c"5; but 12 "more" is not 12.
-    (r'(?<=[\d})])\s*([ckm]?m[²³]?|in|ft|mph|pct|[a-z]{4,}(?: [a-z]+)*)(?=\s*(?:$|,|\^))', r'"\1"'), (r'"\^\{?[23]\}?', '"'),
-    (r"\s+(?![0-9A-Za-z])|(?<![0-9A-Za-z])\s+", ""), (r'"(?=percent|pct)', '"%'), (r'"(?=degree)', '"°'),
-    (r'(?<![^,=([{])((?:[^,="()]|\([^"()]*\))+)"(?![^"]*(?:more|less|only|illion))(_\d+|.)[^",]*"(?=$|[,)\]}])', r'"\2"\1'),
-    # An inequality for a name is turned around until it ascends, x>1 to 1<x<\infty; then 0<x≤1 becomes x=(0,1].
-    (r"^-([a-z])([<>≤≥])-(\d+)$", r"\3\2\1"),        # -x>-1 is 1>x
-    (rf"(?<![^,]){_SIDE}>{_SIDE}(?![^,])", r"\2<\1"), (rf"(?<![^,]){_SIDE}≥{_SIDE}(?![^,])", r"\2≤\1"),
-    (rf"(?<![^,])({_NAME}[<≤])", r"-\\infty<\1"), (rf"([<≤](?!\\pi|\\infty){_NAME})(?![^,])", r"\1<\\infty"),
-    (rf"(?<![^,]){_SIDE}([<≤])({_NAME})([<≤]){_SIDE}(?![^,])", lambda m: (
-        m[3] + "=" + "(["[m[2] == "≤"] + m[1] + "," + m[5] + ")]"[m[4] == "≤"])))]
-
-@lru_cache(maxsize=1 << 12)  # the gold answer meets many predictions
-def _normalise(text: str) -> str:
-    """One spelling for one answer; of what is beyond the caps, nothing."""
-    if len(text) > MAX_CHARS:
-        return ""
-    if not re.fullmatch(r"-?\d+|[a-z]= ?\d+(?: ?,[a-z]= ?\d+)*", text, re.A):           # an integer, a worksheet
-        for pattern, new in _REWRITES:
-            text = pattern.sub(new, text.strip())
-    return text if sum(map(text.count, r"([{\^-")) <= MAX_NESTING else ""
-
-# -- Step 2: reading. What is not exactly rational is at once rounded: symbolic towers of powers take exponential time.
-def _number(value, limit: int | None = None):
-    """The value exactly if it is rational, else to 80 digits; refused if it is undefined (1/0), too long or too large."""
-    value = value if value.is_Rational else value.evalf(DIGITS)
-    bits = max(abs(value.p), value.q).bit_length() if value.is_Rational else 0           # of the longer of p and q in p/q
-    if value.has(sympy.zoo, sympy.nan) or bits > MAX_BITS or limit is not None and not abs(value) <= limit:
-        raise ValueError
-    return value
-
-def _power(base, exponent):
-    """base ** exponent, where every level of a tower passes, the innermost first: no tower gets far."""
-    size = max(abs(base.p), base.q) if base.is_Rational else (length := abs(base)) + 1 / length
-    exponent = _number(exponent, MAX_BITS // int(size).bit_length())                     # the power has exponent * bits bits
-    return (base if exponent.is_Integer else base.evalf(DIGITS)) ** exponent
-
-def _items(reading) -> list:
-    return reading[1] if isinstance(reading, tuple) and reading[0] == "list" else [reading]
-
-_CONSTANTS = {"i": sympy.I, "e": sympy.E.evalf(DIGITS), r"\pi": sympy.pi.evalf(DIGITS), r"\infty": sympy.oo}
-_FUNCTIONS = {"\\" + name: getattr(sympy, name) for name in "sin cos tan sec csc cot log exp floor ceiling Abs".split()}
-_COMMANDS = {r"\frac": truediv, r"\root": lambda n, a: _power(a, 1 / n), r"\power": lambda n, a: _power(a, n),
-             r"\logarithm": lambda base, a: sympy.log(a.evalf(DIGITS), base)}
-_OPERATORS = {  # how tight it binds, what it does; "" is the product in 2x; x=2y and 2y-x=0 are the same equation
-    ",": (1, lambda a, b: ("list", _items(a) + _items(b))), "!": (6, lambda a, _: sympy.factorial(_number(a, 3000))),
-    "=": (1, lambda a, b: ("equation", [_number((a - b) ** 2)])), ":": (2, lambda a, b: (":", [a, b])),
-    "+": (3, add), "-": (3, sub), "*": (4, mul), "/": (5, truediv), "": (5, mul), "^": (6, _power)}
-_SYMBOL = r"(?<![a-zA-Z\\])[a-zA-Z]'*(?:_(?:\w|\{\w+\}))?|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|rho|omega|ell)"
-_TOKEN = re.compile(rf"(?<![^,(\[{{])(?:{_NAME}(?:\([a-zA-Z]\))?|\([a-zA-Z](?:,[a-zA-Z])+\))="       # x= f(x)= (x,y)=
-                    rf'|"(?:_\d+|[^"])"|\d+(?:\.\d+)?|\.\d+|\\[a-zA-Z]+|[a-zA-Z]{{4,}}|{_SYMBOL}|\S', re.A)
-
-def _parse(tokens: list[str], level: int, k: int):
-    """A Pratt parser: takes from the reversed tokens the longest part whose operators bind tighter than `level`."""
-    token = tokens.pop()
-    if token[0] in "0123456789.":                     # not isdigit(): it is also true of Arabic-Indic digits
-        value = sympy.Rational(token)
-    elif token in ("+", "-"):
-        value = int(token + "1") * _parse(tokens, max(level, 3), k)
-    elif token in ("(", "[", "{"):
-        value, brackets = _parse(tokens, 0, k), token + tokens.pop()
-        if brackets not in ("()", "[]", "{}") or len(_items(value)) > 1 and brackets != "{}":
-            value = (brackets, _items(value))
-    elif len(token) > 1 and token[-1] in '="':        # a label or a unit
-        value = (token, [_parse(tokens, 1, k)])
-    elif token in _COMMANDS:                          # level 6: one operand and no operator
-        value = _COMMANDS[token](_parse(tokens, 6, k), _parse(tokens, 6, k))
-    elif token in _FUNCTIONS:                         # \sin 2x + 1 is sin(2x) + 1
-        argument = _parse(tokens, 6 if tokens[-1] in ("(", "{") else 4, k)
-        value = _FUNCTIONS[token](_number(argument, MAX_BITS).evalf(DIGITS))
-    else:                                             # a constant or a symbol, whose number is a hash of its name and of k
-        if token not in _CONSTANTS and not re.fullmatch(_SYMBOL, token, re.A):
-            raise ValueError
-        number = zlib.crc32(f"{re.sub('[_{}]', '', token)}{k}".encode()) % 997 + 250
-        value = _CONSTANTS.get(token) or sympy.Rational(number, (499, 97, 61, -499)[k % 4])
-    value = value if isinstance(value, tuple) else _number(value)
-    while tokens and tokens[-1] not in (")", "]", "}"):
-        token = tokens[-1] if tokens[-1] in _OPERATORS else "*" if tokens[-1] in _FUNCTIONS else ""     # 2\sin x, 2x
-        binding, operation = _OPERATORS[token]
-        if binding <= level:
-            break                                     # it belongs to the caller: the + in 2*3+4, when 3 is read
-        if token == tokens[-1]:
-            tokens.pop()
-        elif tokens[-1][0] in "0123456789.":
-            raise ValueError                          # "4 5" is no product
-        value = operation(value, None if token == "!" else _parse(tokens, binding, k))
-        value = _number(value) if binding > 2 else value
-    return value
-
-def _read(text: str, k: int):
-    """The reading where symbols have their k-th numbers. Raises, or is None, for what is no mathematics or is too large."""
-    tokens = _TOKEN.findall(text)[::-1]               # reversed: pop() takes the next one
-    reading = _parse(tokens, 0, k)
-    return None if tokens else reading                # 4=5=6 leaves a rest
-
-def _same(a, b) -> bool:
-    """Step 3: whether two readings are the same answer. Numbers are, if both are rational, compared exactly."""
-    (kind, items), (other, others) = (side if isinstance(side, tuple) else ("", [side]) for side in (a, b))
-    if kind == other == "":
-        near = 0 if a.is_Rational and b.is_Rational else NEAR
-        return a == b or bool(abs(a - b) < near * max(abs(a), abs(b)))
-    for mark in '="':                                 # a label or unit that only one has is free: x=5 and 5 cm equal 5
-        if (mark in kind) != (mark in other):
-            value, whole = (items[0], b) if mark in kind else (others[0], a)
-            return _same(value, whole) or mark == '"' and "%" in kind + other and _same(value / 100, whole)     # 25% is 1/4
-    labels = [len({item[0] for item in side if isinstance(item, tuple) and "=" in item[0]}) for side in (items, others)]
-    labelled = max(labels) > 1 and 0 in labels        # a=1,b=2 equals 1,2 and (1,2) in this order only
-    if len(items) != len(others) or kind != other and not labelled:
-        return False
-    if kind != "list" or labelled:
-        return all(map(_same, items, others))
-    rest = list(others)                               # in any order; each item takes its equal away
-    for item in items:
-        found = next((other for other in rest if _same(item, other)), None)
-        if found is None:
-            return False
-        rest.remove(found)
-    return True
-
-def parses(text: str) -> bool:
-    r"""Whether the text reads as mathematics throughout; words do not, not even as \text{...}.
-
-    >>> [parses(text) for text in ("a= 56 ,b= 54", r"\frac{3}{4}", "x+", "4=5=6", "hello world")]
-    [True, True, False, False, False]
-    """
-    with contextlib.suppress(Exception):              # sympy can raise nearly anything
-        return _read(_normalise(text), 0) is not None
-    return False
-
-def _decimal_comma(text: str, other: str) -> str:
-    """3,14 is a number where the other answer has a point, else a list."""
-    return text.replace(",", ".") if re.fullmatch(r"-?\d+,\d\d+", text) and re.fullmatch(r"-?\d+\.\d+", other) else text
-
-@lru_cache(maxsize=1 << 16)
-def answers_equal(prediction: str, gold: str) -> bool:
-    r"""Whether two answers are the same mathematics; False for what cannot be read, and never an exception.
-
-    >>> answers_equal(r"2\sqrt2", r"\sqrt{8}"), answers_equal("b=2, a=1", "a=1,b=2"), answers_equal("(1,2)", "(2,1)")
-    (True, True, False)
-    """
-    if prediction.strip() == gold.strip():
-        return True
-    plain = [re.sub(r"^(-?)\\[dt]?frac\{(\d+)\}\{(\d+)\}$", r"\1\2/\3", text.strip()) for text in (prediction, gold)]
-    if all(re.fullmatch(r"-?\d{1,999}(?:/[1-9]\d{0,999})?", text, re.A) for text in plain):             # most answers
-        return Fraction(plain[0]) == Fraction(plain[1])
-    left, right = _normalise(prediction), _normalise(gold)
-    left, right = _decimal_comma(left, right), _decimal_comma(right, left)
-    try:
-        points = range(POINTS if re.search(_SYMBOL, left + right) else 1)
-        return all(_same(_read(left, k), _read(right, k)) for k in points)
-    except Exception:                                 # then they are words: "Odd" and \text{odd}
-        return left.replace('"', "").lower() == right.replace('"', "").lower() != ""
-
-@lru_cache(maxsize=1 << 12)  # the completions of a group repeat each other
-def student_reward(completion: str, gold: str) -> float:
-    r"""The paper's reward: 120 right box; 20 wrong box, but one of the last other formulas right; 10 any box; else 0.
-
-    >>> [student_reward(text, "7") for text in (r"\boxed{7}", r"$7$, so \boxed{8}", r"\boxed{8}", "7")]
-    [120.0, 20.0, 10.0, 0.0]
-    """
-    boxes = list(islice(_boxes(completion), 1 + MAX_GUESSES))
-    if not boxes or answers_equal(boxes[0], gold):
-        return RIGHT if boxes else 0.0
-    formulas = ["".join(span) for span in re.findall(r"\$([^$]{1,200})\$|\\\((.{1,200}?)\\\)", completion)]
-    return 20.0 if any(answers_equal(guess, gold) for guess in (formulas[::-1] + boxes[1:])[:MAX_GUESSES]) else 10.0
-
-
 # ======== 3. Problems: where do the real ones come from? ==============================================================
 
 # From a JSONL file, from the Hugging Face hub, or, for HARP, from its authors' repository. Two
@@ -500,7 +282,7 @@ _LAYOUT = {"\\ ", "\\\n"} | set(r"""
     $ ~ \, \! \; \: \( \) \[ \] \left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr
     \quad \qquad \displaystyle \limits
     """.split())
-_SYNONYMS = {
+_SAME_COMMANDS = {
     r"\dfrac": r"\frac",
     r"\tfrac": r"\frac",
     r"\cfrac": r"\frac",
@@ -540,7 +322,7 @@ def same_wording(question: str) -> str:
     for token in re.findall(r"\\[a-zA-Z]+|\\.|\d+|\S", question, re.DOTALL):
         token = token if token.startswith("\\") else token.lower()  # \Delta is not \delta
         if token not in _LAYOUT:
-            words.append(_SYNONYMS.get(token, token))
+            words.append(_SAME_COMMANDS.get(token, token))
     text = " ".join(words)
     for pattern, new in _WORDINGS:
         text = re.sub(pattern, new, text)
@@ -1478,7 +1260,8 @@ def hard_problems(policy: Policy, pool: list[Problem], config: Config) -> list[P
     prompts = [policy.student_prompt(problem) for problem in pool]
     key = fingerprint(
         weights_key(policy.base), prompts, sorted(policy.tokenizer.get_vocab().items()), eos_ids(policy.model),
-        config.k, config.temperature, config.student_tokens, config.data_seed, pool, section_source("Verifier"))
+        config.k, config.temperature, config.student_tokens, config.data_seed, pool,
+        section_source("Verifier"), inspect.getsource(student_reward))
     path, done, hard = Path(config.cache) / f"hard-{key}.json", 0, []
     if path.exists():
         with whole(path, "delete it and the filter starts again"):
@@ -1771,6 +1554,28 @@ def epochs(dataset: list[Problem], steps: int, batch: int, generator) -> list[li
         order += torch.randperm(len(dataset), generator=generator).tolist()
     return [[dataset[i] for i in order[step * batch:(step + 1) * batch]] for step in range(steps)]
 
+RIGHT = 120.0     # reward of a right answer (section 3 of the paper)
+MAX_GUESSES = 10  # formulas outside the last box that can earn the partial reward
+
+def student_reward(completion: str, gold: str) -> float:
+    r"""The paper's reward: 120 for a right box; 20 for a wrong one if one of the last other formulas
+    is right; 10 for any box; else 0.
+
+    >>> student_reward(r"\boxed{7}", "7"), student_reward(r"$7$, so \boxed{8}", "7")
+    (120.0, 20.0)
+    >>> student_reward(r"\boxed{8}", "7"), student_reward("7", "7")
+    (10.0, 0.0)
+    """
+    boxes = list(islice(_boxes(completion), 1 + MAX_GUESSES))
+    if not boxes:
+        return 0.0
+    if answers_equal(boxes[0], gold):
+        return RIGHT
+    formulas = re.findall(r"\$([^$]{1,200})\$|\\\((.{1,200}?)\\\)", completion)
+    guesses = [dollars or brackets for dollars, brackets in reversed(formulas)]
+    guesses = (guesses + boxes[1:])[:MAX_GUESSES]
+    return 20.0 if any(answers_equal(guess, gold) for guess in guesses) else 10.0
+
 def train_student(policy: Policy, batches: list[list[Problem]], config: Config, key: tuple,
                   after_step=lambda step, figures: None, moments: dict | None = None, start: int = 0) -> list[dict]:
     """One RLOO step of RLVR on each batch, in place on the live model -> a dict of figures for each step.
@@ -1950,6 +1755,577 @@ def success_rates(policy: Policy, baseline: list, config: Config, dataset: list[
     restore(policy.model, baseline)
     rewards = solve(policy, dataset, LEARNABILITY_SAMPLES, config, seeded(*key))[1]
     return (rewards == RIGHT).double().view(len(dataset), LEARNABILITY_SAMPLES).mean(-1)
+
+
+# ======== 2. Verifier: when is an answer right? ===================================================
+
+# Every reward and every number of a report is a verdict of this section. It is long because people
+# write one answer in many ways, and it stands here because SOAR can be read without it. A model
+# wrote the text, so it is never run as code: tables and one parser read it, and every number is
+# refused before it grows too long. A verdict depends on the two texts alone. There are three steps,
+# and each can be printed:
+#     _tokens(_respell(r"\left( \dfrac12, 5\text{ cm} \right)")):  ( \frac { 1 } { 2 } , 5 "cm )
+#     _read(tokens):      [("()", ("\frac", "1", "2"), ('"cm', "5"))], a tree for each item listed
+#     _spellings(trees):  "(0.5; 5.0)", which is how all trees of the same meaning are spelled
+# A text with two meanings, as 70,110 or 25\% or y=2x, has two spellings. Answers that share one are
+# equal. Labels and units are kept apart, and must agree only where both answers have some.
+
+MAX_CHARS = 400      # of an answer; real ones: 198
+MAX_TOKENS = 200     # and so of nested brackets, too; real answers: 127
+MAX_BITS = 1 << 15   # of a number; real answers: 2004!, which has 19,000
+POINTS = 24          # where formulas are compared; at many floor(n/30) and floor(n/40) agree
+
+Tree = str | tuple   # a number or a name, or (operator, tree, ...)
+Number = Fraction | mpmath.mpf | mpmath.mpc
+
+def _boxes(text: str) -> Iterator[str]:
+    """The contents of the complete, non-blank boxes, the last one (by its opening) first.
+
+    Takes linear time: scanning on from each opening would be quadratic.
+    """
+    openings = []    # for each open brace: where its box's content starts, or 0
+    spans = []
+    for token in re.finditer(r"(\\(?:boxed|fbox)\s*\{)|\\.|([{}])", text, re.DOTALL):
+        if token[1] or token[2] == "{":
+            openings.append(token.end() if token[1] else 0)
+        elif token[2] and openings:
+            spans.append((openings.pop(), token.start()))
+    for start, end in sorted(spans, reverse=True):
+        content = text[start:end].strip()
+        if start and content:
+            yield content
+
+def extract_boxed(text: str) -> str | None:
+    r"""The content of the last complete box; an unclosed or blank box is no answer.
+
+    >>> extract_boxed(r"\boxed{1}, no: \boxed{\frac{1}{2}}. So \boxed{ } or \boxed{")
+    '\\frac{1}{2}'
+    """
+    return next(_boxes(text), None)
+
+# -- Step 1: tokens. Rules respell the text, one after the other, and then synonyms become one
+# token, so that the parser must know one way of writing only. To teach the verifier another way,
+# add a line to a table: a rule where characters must move, a synonym where a token has a new name.
+
+def _repeating(match: re.Match) -> str:
+    r"""0.1\overline{6} -> {0.10+6/90}, which is 1/6."""
+    start, decimals, cycle = match.groups()
+    return f"{{{start}.{decimals}0+{cycle}/{'9' * len(cycle)}{'0' * len(decimals)}}}"
+
+def _no_commas(match: re.Match) -> str:
+    return match[0].replace(",", "")
+
+_NOT_IN_BRACKETS = r"(?![^([{]*([)\]]|\\\}))"
+_UNICODE_RULES = [(re.compile(old), new) for old, new in (
+    ("[⁰¹²³⁴-⁹⁺⁻ⁿ]+", r"^{\g<0>}"),                          # x² -> x^{²}, and NFKC -> x^{2}
+    ("[₀-₉]+", r"_{\g<0>}"),                                 # x₁ -> x_{₁} -> x_{1}
+    ("[¼-¾⅐-⅞]", r" \g<0>"),                                 # 2½ -> 2 ½ -> 2 1⁄2
+    ("[−–—‐]", "-"),                                         # all dashes are minus signs
+    (r"\s", " "),                                            # and all kinds of space are one
+)]
+_RULES = [(re.compile(old, re.ASCII), new) for old, new in (
+    (r"(?<!\\)(\$|\\[()[\]]|\\displaystyle)", ""),           # $x$ -> x
+    (r"^\s+|\s*[.,]?\s*$", ""),                              # 5. -> 5
+    (r"^\\boxed\s*\{(.*)\}$", r"\1"),                        # \boxed{x} -> x
+    (r"\\(left|right)\s*(?=[()[\]])", ""),                   # \left(x\right) -> (x)
+    (r"(?<=\d)\s*(,\s*\\!|\{,\})\s*(?=\d{3})", ""),          # 5,\!460 -> 5460
+    (r"(?<=\d)(\\[,; ]|\s)\s*(?=\d{3}(?![\d/]))", ""),       # 1\,000 -> 1000
+    (r"(?<![\d,.])[1-9](,\d{3})+(?![\d,])" + _NOT_IN_BRACKETS, _no_commas),  # 1,260 -> 1260
+    (r"(\\text\{)?(\\\$|\\textdollar|[€£])[\s\\,{}]*(-?[\d.,]+)\}?",
+     r"\3 dollars"),                                         # \$5 -> 5 dollars
+    (r"\{([-+])\}", r"\1"),                                  # {-}4 -> -4
+    (r"(\d*)\.(\d*)\\overline\{(\d+)\}", _repeating),        # 0.\overline{3} -> {0.0+3/9}
+    (r"\\log\s*_\s*(\w|\{[^{}]*\})", r"\\log[\1]"),          # \log_2 8 -> \log[2]8
+    (r",\s*(\\text\{)?\s*(and|or)\b", r", \1"),              # 1, 2, and 3 -> 1, 2, 3
+    (r"(frac|binom)\s*(\d)\s*(\d)", r"\1{\2}{\3}"),          # \frac43 -> \frac{4}{3}
+    (r"(?<![.^_\d])(\d+)(\s|\\,)*(\\[dt]?frac\{\d+\}\{\d+\})", r"{\1+\3}"),  # 3\frac12: a sum
+    (r"(?<![.^_\d])(\d+)\s+(\d+)\s*[/⁄]\s*(\d+)", r"(\1+\2/\3)"),            # 3 1/2 -> (3+1/2)
+    (r"(\d+):\s*(0\d)(?!\W*[apAP]\.?[mM])", r"(\1+\2/60)"),  # 11:00 -> (11+00/60)
+    (r"(\d+):\s*(\d\d)([^:\d]*?)([apAP])\.?[mM]\.?",
+     r"(\1+\2/60)\3\4m"),                                    # 4:30 p.m. -> (4+30/60) pm
+    (r"(?<=\d)_\{?(\d+)\}?", r"\\text{b\1}"),                # 12_8 -> 12\text{b8}, as if a unit
+    (r"(?<=\d) ([mgs])$", r"\\text{\1}"),                    # 5 m -> 5\text{m}
+    (r"^(\\text\{)?([A-Z])[a-z ]+\}?\s*=", r"\2="),          # Area = 5 -> A=5
+    (r"^(\\text\{|\\,|\s)*([A-Z])([A-Z]{2,})\}?$", r"\2_{\3}"),              # MAKE -> M_{AKE}
+    (r"^(\\text\{)?([a-zA-Z])((,\s*[a-zA-Z]){2,})\}?$", r"\2_{\3}"),         # S, Q, M: a ranking
+    (r"(?<![a-zA-Z])([fg])\s*\(([^()]*)\)", r"\1_{(\2)}"),   # f(2) -> f_{(2)}: a name
+    (r"\\?(sin|cos|tan)\s*\^\s*\{?-1\}?", r"\\arc\1"),       # \sin^{-1}x -> \arcsin x
+    (r"\\?(sin|cos|tan|sec|csc|cot)\s*\^\s*(\d|\{\w+\})", r"\\\1[\2]"),      # \sin^2 x -> \sin[2]x
+    (r"^([^:=]+):([^:=]+):([^:=]+)$", r"⟨(\1)/(\3),(\2)/(\3)⟩"),             # 3:4:5 is 6:8:10
+    (r"\\\{\s*[a-z]\s*(\\in[^|:]*)?(\||:|\\mid)", r"\\{"),   # \{x | x>3\} -> \{x>3\}
+    (r"\\\{\s*\\\}", r"\\emptyset"),                         # \{\} -> \emptyset
+    (r"\\left\s*\|", r"\\lvert "),                           # \left|x -> \lvert x
+    (r"\\right\s*\|", r"\\rvert "),                          # x\right| -> x\rvert
+    (r"\|([^|]+)\|", r"\\lvert \1\\rvert "),                 # |x| -> \lvert x\rvert
+    (r"\\begin\{\w+\*?\}(\{[clr|]*\})?", "(⟨"),              # a matrix -> (⟨1,2⟩,⟨3,4⟩)
+    (r"(\\\\\s*)?\\end\{\w+\*?\}", "⟩)"),                    # its end
+    (r"\\\\", "⟩,⟨"),                                        # its next row
+    ("&", ","),                                              # its next column
+    (r"\\hspace\{[^{}]*\}|\\(left|right)\s*\.", ""),         # \hspace{1in}7 -> 7
+    (r"\^\s*(\\circ|\{\s*\\circ\s*\})", "°"),                # 90^{\circ} -> 90°
+    (r"(?<=[\d})])\s*(\\approx|≈).*", ""),                   # \pi \approx 3.14 -> \pi
+    (r"\b(square|sq\.?|cubic) ", ""),                        # 7 square units -> 7 units
+    (r"\b(more|less|fewer|only|than|least|most)\b", r"?\1"),                 # 12 or more is not 12
+    (r"\\mathbb\{?R\}?", r"(-\\infty,\\infty)"),             # \mathbb{R} -> (-\infty,\infty)
+)]
+_OTHER_MEANINGS = [(re.compile(old), new) for old, new in (
+    (r"(?<=\d),(?=\d{3}(?!\d))" + _NOT_IN_BRACKETS, ""),     # 70,110 -> 70110
+    (r"^(\d{1,3}), (\d{3}), (\d{3})$", r"\1\2\3"),           # 251, 750, 000 -> 251750000
+    (r"^(\W*\d+),(\d\d|\d{4,})$", r"\1.\2"),                 # 3,14 -> 3.14
+    (r"\\text\{ ?percent\}|\\?%|percent(age)?", r"{1/100}\\text{of}"),       # 25\% -> 25{1/100}
+    (r"\\text\{ ?degrees\}|°|degrees", r"{\\pi/180}\\text{rad}"),            # 90° -> 90{\pi/180}
+)]
+_TABLE = r"""
+  \left \right \big \Big \bigg \Bigg \quad \qquad \, \; \: \! ~
+  \mathbf \mathbb \mathcal \boldsymbol \boxed \vec \overline \angle \triangle
+\frac  \dfrac \tfrac \cfrac
+\binom  \dbinom \tbinom
+\sqrt  √ sqrt
+\log  \ln ln log
+\arcsin  arcsin
+\arccos  arccos
+\arctan  arctan
+\sin  sin
+\cos  cos
+\tan  tan
+\pi  π pi
+\infty  ∞ infinity
+∅  \emptyset \varnothing
+*  \cdot \times × · ⋅ ∗
+/  \div ÷ ∕ ⁄
+:  \colon
+^  **
+±  \pm
+=  \in ∈ \approx ≈
+≠  \neq \ne !=
+<  \lt
+>  \gt
+≤  \le \leq \leqslant <=
+≥  \ge \geq \geqslant >=
+,  \cup ∪ ; and or
+{  \{
+}  \}
+(  \langle
+)  \rangle
+"°  ° \degree degree degrees
+"%  \% % percent percentage
+"$  dollar dollars
+"inch  " ''
+* 1000  thousand
+* 1000000  million
+* 1000000000  billion
+α  \alpha
+β  \beta
+γ  \gamma
+δ  \delta
+ε  \epsilon
+θ  \theta
+λ  \lambda
+μ  \mu
+ρ  \rho
+σ  \sigma
+φ  \phi
+Φ  \Phi
+ω  \omega
+"""  # a token, two spaces, its synonyms; those without a token are layout and vanish
+_SYNONYMS = {"\\": ""}
+for _line in _TABLE.splitlines():
+    _token, _, _others = _line.partition("  ")
+    _SYNONYMS |= dict.fromkeys(_others.split(), _token)
+
+_LEXER = re.compile(r"""
+    \\(?:text[a-z]*|mbox|mathrm|operatorname)\s*\{([^{}]*)\}        # group 1: words
+  | ((?:[A-Za-z][a-z]{3,} | [A-Z][a-z]{2}(?![a-z]))(?:\ (?!and)[a-z]{3,})*  # group 2: words, units
+    | (?:cm|mm|km|in|ft|yd|mph|kg|lbs?|hrs?|min|sec|[ap]m|[AP]m)(?![a-z]))
+  | (?:sin|cos|tan|log|exp|ln|pi|and|or)(?![a-z])
+  | [a-zA-Z]'* | _(?:\w|\{[^{}]*\})                               # f', and what follows x in x_{12}
+  | \d+(?:\.\d+)?(?:[eE][+-]?\d{1,4}(?!\d))? | \.\d+                # 12, 1.5, 1e-3, .5
+  | \.\.\. | '' | \*\* | [<>!]=
+  | \\[a-zA-Z]+ | \\. | \S""", re.VERBOSE | re.ASCII | re.DOTALL)
+_WORDS = re.compile(r"(?![ei]$)(?!.*\b(and|or)\b)(?=.*[a-z])([a-z]|[A-Z][a-z]).*", re.DOTALL)
+
+def _respell(text: str) -> str:
+    """The text after all rules."""
+    for old, new in _UNICODE_RULES:
+        text = old.sub(new, text)
+    text = unicodedata.normalize("NFKC", text)
+    for old, new in _RULES:
+        text = old.sub(new, text)
+    return text
+
+def _tokens(text: str) -> list[str]:
+    """The tokens of a respelled text. Units and other words begin with a quote."""
+    tokens = []
+    for match in _LEXER.finditer(text):
+        token = (match[1] or match[0]).strip()
+        if token in _SYNONYMS:
+            tokens += _SYNONYMS[token].split()
+        elif match[2] or match[1] and _WORDS.fullmatch(token):
+            tokens.append('"' + re.sub(r"\W", "", token.lower()))
+        elif match[1]:
+            tokens += _tokens(token.rstrip("."))             # \text{(E)}, \mathrm{e}, \text{5 cm}
+        elif token[0] == "_" and tokens:
+            tokens[-1] += re.sub(r"[{}\\\s]", "", token)     # x_{n+1} -> x_n+1
+        else:
+            tokens.append(token.replace("'", "′"))
+    return tokens
+
+# -- Step 2: a tree, by a Pratt parser. Each operator has a level, and its operands are the longest
+# texts whose operators have a higher level: in 2+3x^2 the + takes 3x^2, and the ^ takes x and 2.
+
+_LEVELS = (
+    r") ] } ⟩ \rvert \rfloor \rceil ∎",    # level 0: they end what was begun; ∎ ends the text
+    ",",
+    "= ≠ < ≤ > ≥",
+    "unit",           # 2+1 cm is 3 cm
+    r": \choose",
+    "+ -",            # level 5
+    "* function",     # the product in 2\sin x
+    "/ product",      # the product in 2x
+    "^",
+    "!",
+)
+_BINDING = {}
+for _level, _operators in enumerate(_LEVELS):
+    _BINDING |= dict.fromkeys(_operators.split(), _level)
+_RELATIONS = set(_LEVELS[2].split())
+_SHAPES = {"()", "[]", "(]", "[)", "⟨⟩"}     # tuples and intervals; ⟨⟩ is a row of a matrix
+_NUMBER = re.compile(r"\.?\d", re.ASCII)
+_ATOM = re.compile(r"\.?\d|[a-zA-Zα-ωΦ∅]|\\(pi|infty)$", re.ASCII)
+
+def _kind(token: str) -> str:
+    """What a token is after a tree: an operator, a unit, or the beginning of a factor."""
+    if token in _BINDING:
+        return token
+    if token[0] == '"':
+        return "unit"
+    return "function" if token in _FUNCTIONS else "product"
+
+def _parse(tokens: list[str], level: int = 0) -> Tree:
+    """The longest tree whose operators are above the level; tokens[-1] is the next one."""
+    left = _operand(tokens, level)
+    while True:
+        kind = _kind(tokens[-1])
+        if _BINDING[kind] <= level:
+            return left
+        if kind in ("product", "function"):
+            left = ("*", left, _parse(tokens, _BINDING[kind]))
+        elif kind == "unit":
+            left = (tokens.pop(), left)
+            if tokens[-1] == "^":                            # cm^2
+                tokens.pop()
+                _operand(tokens, 9)
+            if _kind(tokens[-1]) == "product":
+                raise ValueError("2 hours 30 minutes")
+        elif kind == "!":
+            left = (tokens.pop(), left)
+        else:
+            right_level = 7 if kind == "^" else _BINDING[kind]               # 2^3^2 is 2^(3^2)
+            left = (tokens.pop(), left, _parse(tokens, right_level))
+
+def _operand(tokens: list[str], level: int) -> Tree:
+    """A number, a name, or what begins with a sign, a function or a bracket."""
+    token = tokens.pop()
+    if _NUMBER.match(token) and _NUMBER.match(tokens[-1]):
+        raise ValueError("4 5 is no product")
+    if _ATOM.match(token):
+        return token
+    if token in ("+", "-"):
+        return (token, "0", _parse(tokens, max(level, 5)))   # -x is 0-x
+    if token in (r"\frac", r"\binom"):
+        return (token, _operand(tokens, 9), _operand(tokens, 9))
+    if token in _FUNCTIONS:                                  # \log[2]8, \sqrt[3]8
+        parameters = [_operand(tokens, 9)] if tokens[-1] == "[" else []
+        narrow = token == r"\sqrt" or tokens[-1] in ("(", "{")
+        return (token, _parse(tokens, 8 if narrow else 6), *parameters)
+    inner = _parse(tokens)
+    pair = token + tokens.pop()
+    if pair == "{}" or pair in ("()", "[]", "⟨⟩") and inner[0] != ",":
+        return inner                                         # a group
+    if pair not in _SHAPES and pair not in _OPERATIONS:
+        raise ValueError(f"{pair} is no pair of brackets")
+    return (pair, *_items(inner))
+
+def _items(tree: Tree) -> list[Tree]:
+    """The items of a list, or the tree alone."""
+    return _items(tree[1]) + _items(tree[2]) if tree[0] == "," else [tree]
+
+def _read(tokens: list[str]) -> list[Tree]:
+    """The trees of an answer's items, with + for each ±, and those that differ with - for it.
+
+    Raises whatever comes for what is no mathematics.
+    """
+    if len(tokens) > MAX_TOKENS:
+        raise ValueError("too long")
+    items = []
+    for sign in "+-":
+        rest = [sign if token == "±" else token for token in tokens]
+        rest = ["∎", *reversed(rest)]
+        tree = _parse(rest)
+        if rest != ["∎"]:
+            raise ValueError(f"{rest[-1]} is left")
+        items += [item for item in _items(tree) if sign == "+" or item not in items]
+    return items
+
+# -- Step 3: spellings. A number is spelled by its digits, and a formula by its numbers at POINTS
+# points, where each name has a number: x^2-1 and (x-1)(x+1) agree at all of them. Then lists are
+# sorted, and x=5 is spelled twice: as 5 with the label x, and as the equation x-5=0.
+
+_mp = mpmath.MPContext()       # a private one: anybody may set the precision of mpmath.mp
+_mp.dps = 110
+_CONSTANTS = {"i": _mp.j, "e": +_mp.e, r"\pi": +_mp.pi}
+_INFINITE = {                  # no numbers: 1/\infty is not read
+    r"\infty": "+inf",
+    ("+", "0", r"\infty"): "+inf",
+    ("-", "0", r"\infty"): "-inf",
+}
+
+class _HasNames(Exception):
+    """The number of the tree depends on the point."""
+
+def _size(x: Number) -> float:
+    """How long a number is, in bits; of one that is not exact, how far from 1."""
+    if isinstance(x, Fraction):
+        return max(x.numerator.bit_length(), x.denominator.bit_length()) - 1
+    return abs(_mp.mag(x)) if x else 0
+
+def _divide(a: Number, b: Number) -> Number:
+    return a * (1 / b)         # as a Fraction cannot be divided by an mpf
+
+def _power(a: Number, b: Number) -> Number:
+    """a^b, refused before it is built if it is too long: it has b times the bits of a."""
+    if abs(b) * max(_size(a), 1) > MAX_BITS:
+        raise ValueError("too long")
+    whole = int(b.real)
+    return a ** whole if b == whole else _mp.power(a, b)
+
+def _factorial(n: Number) -> Number:
+    if abs(n) > 3000:
+        raise ValueError("too long")
+    return Fraction(math.factorial(int(n))) if n == int(n) else _mp.gamma(n + 1)
+
+def _binomial(n: Number, k: Number) -> Number:
+    return _divide(_factorial(n), _factorial(k) * _factorial(n - k))
+
+def _floor(x: Number) -> Number:
+    return Fraction(int(_mp.floor(x + _mp.mpf("1e-90"))))    # (\sqrt6)^2 may be 5.999...
+
+def _root(x: Number, n: Number = 2) -> Number:
+    if isinstance(x, Fraction) and x < 0 and n == 3:
+        return -_power(-x, 1 / n)                            # \sqrt[3]{-8} is -2
+    return _power(x, 1 / n)
+
+def _logarithm(x: Number, base: Number = _mp.e) -> Number:
+    if base in (0, 1):
+        raise ValueError("no base")
+    return _mp.log(x, base)
+
+def _named(function: Callable) -> Callable:
+    return lambda x, exponent=1: function(x) ** exponent     # \sin[2]x is \sin^2 x
+
+_FUNCTIONS = {
+    r"\sqrt": _root,
+    r"\log": _logarithm,
+}
+for _name in "sin cos tan sec csc cot sinh cosh tanh exp arcsin arccos arctan".split():
+    _FUNCTIONS["\\" + _name] = _named(getattr(_mp, _name.replace("arc", "a")))
+_OPERATIONS = _FUNCTIONS | {
+    "+": add,
+    "-": lambda a, b: a + -b,  # as an mpf cannot be taken from a Fraction
+    "*": mul,
+    "/": _divide,
+    ":": _divide,
+    "^": _power,
+    "!": _factorial,
+    r"\frac": _divide,
+    r"\binom": _binomial,
+    r"\choose": _binomial,
+    r"\lvert\rvert": abs,
+    r"\lfloor\rfloor": _floor,
+    r"\lceil\rceil": lambda x: -_floor(-x),
+}
+
+def _letter(name: str, point: int | None) -> Number:
+    """The number of a name at a point: near or far, by a hash, and at half of the points negative.
+
+    After POINTS come the same points with positive numbers only.
+    """
+    if point is None:
+        raise _HasNames
+    code = zlib.crc32(f"{name} {point % 12}".encode())
+    size = (1, 6, 40, 1000)[point % 4] * (1 + code / 2**32)
+    negative = point < POINTS and (code + point // 12) % 2
+    return _mp.mpf(-size if negative else size)
+
+def _value(tree: Tree, point: int | None) -> Number:
+    """The number of a tree at a point, or without one: exactly, as far as it is rational.
+
+    Raises ValueError for what is undefined or too long, or not real at a point with negative names.
+    """
+    if isinstance(tree, str):
+        if tree in _CONSTANTS:
+            return _CONSTANTS[tree]
+        if not _NUMBER.match(tree) and tree != r"\infty":
+            return _letter(tree, point)
+        return Fraction(tree) if point is None else _mp.mpf(tree)
+    values = [_value(part, point) for part in tree[1:]]
+    if tree[0][0] == '"':
+        return values[0]
+    x = _OPERATIONS[tree[0]](*values)
+    unreal = isinstance(x, _mp.mpc) and point in range(POINTS)
+    if unreal or not _size(x) <= MAX_BITS:                   # no comparison is true of nan
+        raise ValueError("undefined or too long")
+    return x
+
+def _at(tree: Tree, point: int) -> Number:
+    """The number at a point; if it has a root of a negative number, then with positive names."""
+    for place in (point, point + POINTS):
+        with contextlib.suppress(Exception):
+            return _value(tree, place)
+    return _mp.nan
+
+def _values(tree: Tree) -> list[Number]:
+    """The number of a tree without names, in a list, or its numbers at all points."""
+    with contextlib.suppress(_HasNames):
+        return [_value(tree, None)]
+    values = [_at(tree, point) for point in range(POINTS)]
+    if all(x != x for x in values):
+        raise ValueError("undefined")
+    return values
+
+def _digits(x: Number) -> str:
+    """80 digits of a number, or all of a longer fraction: 2^{300}+1 is not 2^{300}."""
+    if isinstance(x, Fraction) and _size(x) > 128:
+        return f"{x.numerator:x}/{x.denominator:x}"
+    return _mp.nstr(_mp.chop(_mp.convert(x), 1e-90), 80)
+
+_FLIPPED = dict(zip("=≠<≤>≥", "=≠>≥<≤"))
+_BOUNDS = {                    # what a relation makes of the line (-inf; +inf)
+    "=": ("(-inf; +inf)", "#"),
+    "<": ("+inf)", "#)"),
+    "≤": ("+inf)", "#]"),
+    ">": ("(-inf", "(#"),
+    "≥": ("(-inf", "[#"),
+}
+_NO_LABEL = re.compile(r"""['"]([-+^!.\d]|[ie]'|\\\\(pi|infty))""")
+
+def _labelled(tree: Tree) -> tuple[str, str]:
+    r"""A label and the spelling of the rest: x=5 is x and 5.0, 3<x is x and (3.0; +inf).
+
+    A label is anything without numbers, sums and powers: x, (x, y), V_1:V_2, |AB|, \sin A.
+    """
+    if tree[0] not in _RELATIONS:
+        return "", _spell(tree)
+    sign, name, value = tree
+    before = "(-inf; +inf)"
+    if name[0] in _RELATIONS:                                # 0<x<1 is (0<x)<1
+        before = _labelled(name)[1]
+        name = name[2]
+    elif _NO_LABEL.search(str([name])):
+        sign, name, value = _FLIPPED[sign], value, name
+    old, new = _BOUNDS[sign]
+    if _NO_LABEL.search(str([name])) or old not in before:
+        raise ValueError("no value for a name")
+    label = re.sub("[(),' ]+", " ", str(name))
+    return label.strip(), before.replace(old, new.replace("#", _spell(value)))
+
+def _moved(tree: Tree) -> str:
+    """A relation up to moved terms and a factor, of an inequality a positive one: 2x>4 is x-2>0."""
+    sign, left, right = tree
+    if sign in "<≤":
+        sign, left, right = _FLIPPED[sign], right, left
+    values = _values(("-", left, right))
+    scale = next(x for x in values if abs(x) > 0)
+    if sign in ">≥":
+        scale = abs(scale)
+    if len(values) == 1:
+        raise ValueError("a statement about numbers")
+    return "|".join(_digits(x / scale) for x in values) + sign + "0"
+
+def _spell(tree: Tree) -> str:
+    """The spelling that all trees of the same meaning have, without labels and units."""
+    items = _items(tree)
+    if len(items) > 1:
+        return "{" + "; ".join(sorted(map(_spell, items))) + "}"
+    if tree in _INFINITE:
+        return _INFINITE[tree]
+    if tree[0] in _SHAPES:
+        return tree[0][0] + "; ".join(map(_spell, tree[1:])) + tree[0][1]
+    digits = [_digits(x) for x in _values(tree)]
+    return "|".join(digits) if len(set(digits)) > 1 else digits[0]       # \sin^2 x+\cos^2 x is 1
+
+def _spellings(items: list[Tree]) -> Iterator[tuple[str, set]]:
+    """Each (spelling, labels) of an answer's items; the labels are a set of one or none."""
+    if len(items) == 1 and items[0][0] in _RELATIONS:
+        with contextlib.suppress(Exception):                 # x \in (0,1) is no equation
+            yield _moved(items[0]), set()
+    labelled = [_labelled(item) for item in items]
+    spelled = [spelling for _, spelling in labelled]
+    labels = dict.fromkeys(label for label, _ in labelled if label)
+    names = {" ".join(labels)} if labels else set()
+    in_order = "; ".join(spelled)
+    yield in_order, names                                    # -5, 14/3 beside x=-5, p=14/3
+    if len(labels) < len(items):
+        yield "{" + "; ".join(sorted(spelled)) + "}", names
+    elif len(items) > 1:                                     # a=1, b=2 is b=2, a=1 and (1, 2)
+        yield str(sorted(labelled)), set()
+        yield f"({in_order})", names
+
+@lru_cache(maxsize=1 << 16)
+def _readings(text: str) -> dict[str, tuple]:
+    """{spelling: (labels, units)} for each meaning of a text, and for its words.
+
+    Kept for the gold answer, which meets many predictions, and for predictions that come again.
+    """
+    if len(text) > MAX_CHARS:
+        return {}
+    text = _respell(text)
+    words = re.sub(r'"| (?!\d)', "", " ".join(_tokens(text)))
+    readings = {}
+    meanings = [old.sub(new, text) for old, new in _OTHER_MEANINGS]
+    for meaning in dict.fromkeys([text, *meanings]):
+        tokens = _tokens(meaning)
+        units = {re.match(r'".?\d*', token)[0] for token in tokens if token[0] == '"'}
+        with contextlib.suppress(Exception):                 # it is no mathematics, or too long
+            for spelling, labels in _spellings(_read(tokens)):
+                readings[spelling] = labels, units
+    if words:
+        readings["words " + words.lower()] = {words} if readings else set(), set()
+    return readings
+
+def parses(text: str) -> bool:
+    r"""Whether the text reads as mathematics throughout; words do not, not even as \text{...}.
+
+    >>> [parses(text) for text in ("a= 56 ,b= 54", r"\frac{3}{4}", "x+", "4=5=6", "hello world")]
+    [True, True, False, False, False]
+    """
+    return len(_readings(text)) > 1
+
+def _rounded(readings: dict[str, tuple]) -> dict[str, tuple]:
+    """Readings with ten digits of each number, for 0.0833333333333333 beside 1/12."""
+    rounded = {}
+    for spelling, labels in readings.items():
+        rounded[re.sub(r"\d+\.\d+", lambda n: f"{float(n[0]):.9e}", spelling)] = labels
+    return rounded
+
+def answers_equal(prediction: str, gold: str) -> bool:
+    r"""Whether two answers are the same mathematics, or else the same words; never an exception.
+
+    >>> answers_equal(r"2\sqrt2", r"\sqrt{8}"), answers_equal("b=2, a=1", "a=1,b=2")
+    (True, True)
+    >>> answers_equal("(1,2)", "(2,1)")
+    False
+    """
+    if prediction.strip() == gold.strip():
+        return True
+    left, right = _readings(prediction), _readings(gold)
+    if re.search(r"\.\d{12}", prediction + " " + gold):
+        left, right = _rounded(left), _rounded(right)
+    for spelling in left.keys() & right.keys():
+        pairs = zip(left[spelling], right[spelling])         # labels with labels, units with units
+        if all(not mine or not theirs or mine & theirs for mine, theirs in pairs):
+            return True
+    return False
 
 
 # ======== 14. The run folder: how does a run survive being killed? ====================================================

@@ -37,6 +37,7 @@ from pathlib import Path
 HUB = tempfile.TemporaryDirectory()  # an empty hub cache, and no network: the same on every machine
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": HUB.name}
 
+import mpmath  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -222,34 +223,139 @@ def test_generators_depend_on_all_of_their_key():
 
 
 # ======================================================================================================================
-# 2. Verifier: a table of cases, one a line, and properties over the real answers
+# 2. Verifier: a table of cases, hostile texts, and properties over real answers
 # ======================================================================================================================
 
-EQUAL = [line.split(" == ") for line in r"""
+# A row is an answer and other ways to write it (==), or an answer and wrong ones (!=).
+CASES = r"""
+# integers, decimals, thousands: the five spellings of 15,600 beside lists and tuples
 5 == 5.0
 -0 == 0
 033 == 33
-\frac43 == \dfrac{4}{3}
-\frac{270}7 == 270/7
 0.5 == \frac{2}{4}
--\frac12 == \frac{-1}{2}
-{-}4 == -4
 {{{8}}} == 8
-6\frac15 == 31/5
-4 4/9 == 40/9
-33 \frac{1}{3} == \frac{100}{3}
-15,600 == 15600
 5,\!460 == 5460
 10{,}000 == 10^4
 111, \! 111 == 111111
 251, 750, 000 == 251750000
-\$32,\!348 == 32348
-\$1,234.50 == 1234.5
-1000,99 == 1000.99
 1e-3 == 0.001
-\textdollar .10 == 0.1
 \hspace{.05in}7 == 7
 1\,000 == 1000
+\frac13. == \frac{1}{3}
+0.\overline{3} == 1/3 == 0.\overline{33} == .\overline{3}
+0.1\overline{6} == 1/6 == \frac{1}{6}
+2.\overline{142857} == 15/7
+0.3333333333333333 == 1/3
+3.141592653589793 == \pi
+1e-3 == 10^{-3} == 1\times10^{-3} == 1 \cdot 10^{-3} == 1/1000 == 1E-3
+6.02 \times 10^{23} == 6.02*10^23 == 602000000000000000000000 == 6.02e23
+1234567 == 1,234,567 == 1\,234\,567 == 1{,}234{,}567 == 1,\!234,\!567 == 1 234 567 == $1,234,567$
+1234567 == 1234567.0 == 1,234,567.00
+\frac{1}{21,000} == 1/21000
++5 == 5 == +5.0
+--5 == 5
+2*-3 == -6 == 2(-3) == 2 \cdot (-3)
+5.0 \times 10^3 == 5000
+1.25 == 1\frac14 == 5/4 == 125\%
+1,000,000 == 10^6 == 1 \text{ million} == 1000000
+3.0 == 3 == 3.
+-1,\ \ 2 == 2,-1
+e == e^1 == \exp(1)
+0 == 0.0 == 0/5
+3-2-1 == 0
+5 != 5.001
+0 != 10^{-50}
+0.28 != 28
+4 != 4\sqrt2
+45 != 4 5
+32349 != 32, 349
+7 != 1,7
+0.\overline{3} != 0.3 != 0.33 != 3/10
+3.14 != \pi
+0.33 != 1/3
+6.02 \times 10^{23} != 6.02 \times 10^{22} != 6.02 != 6.2e23
+1234567 != (1,234,567) != 1;234;567 != 1.234567 != 234567
+5 != 5 5 != 55 != 5,5 != 5! != -5 != 5x != 5= != =5 != (5 != 5) != 5+ != ++ != x
+4 5 != 20 != 9
+10 != 0 != 100 != 1 0
+3.5 != 3\frac{5}{1}
+1.25 != 12.5 != 1.2 != 1.3
+\frac{10^{50}+1}{10^{50}} != 1
+0 != 1 != \emptyset
+3.1415926536 != \pi
+0.333333333333 != 0.33333
+5\,6 != 30 != 56
+
+# matrices: a column is not a row, nor a matrix the list of its cells
+\begin{pmatrix}1&2\\3&4\end{pmatrix} == \begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}
+\begin{pmatrix}1&2\\3&4\end{pmatrix} == \begin{bmatrix}1&2\\3&4\end{bmatrix}
+\begin{pmatrix}1&2\\3&4\end{pmatrix} == \begin{pmatrix} 1 & 2 \\ 3 & 4 \\ \end{pmatrix}
+\begin{pmatrix}1&2\\3&4\end{pmatrix} == \left(\begin{array}{cc}1&2\\3&4\end{array}\right)
+\begin{pmatrix}1&2\\3&4\end{pmatrix} == \begin{pmatrix}1.0&2\\3&\frac82\end{pmatrix}
+\begin{pmatrix}1&2\\3&4\end{pmatrix} == \begin{matrix}1&2\\3&4\end{matrix}
+\begin{pmatrix}1\\2\end{pmatrix} == \begin{pmatrix} 1 \\ 2 \end{pmatrix}
+\begin{pmatrix}1\\2\end{pmatrix} == \begin{bmatrix}1\\2\end{bmatrix} == (1,2)
+\begin{pmatrix}1/2\\-\frac13\end{pmatrix} == \begin{pmatrix}\frac12\\-1/3\end{pmatrix}
+\begin{bmatrix}0&-1\\1&0\end{bmatrix} == \begin{pmatrix}0&-1\\1&0\end{pmatrix}
+\begin{bmatrix}0&-1\\1&0\end{bmatrix} == \left[\begin{array}{cc}0&-1\\1&0\end{array}\right]
+\begin{pmatrix}1&2\\3&4\end{pmatrix} != \begin{pmatrix}1&3\\2&4\end{pmatrix}
+\begin{pmatrix}1&2\\3&4\end{pmatrix} != \begin{pmatrix}1&2\\3&5\end{pmatrix}
+\begin{pmatrix}1&2\\3&4\end{pmatrix} != \begin{pmatrix}1&2&3&4\end{pmatrix}
+\begin{pmatrix}1&2\\3&4\end{pmatrix} != \begin{pmatrix}1\\2\\3\\4\end{pmatrix} != (1,2,3,4) != 10
+\begin{pmatrix}1\\2\end{pmatrix} != \begin{pmatrix}1&2\end{pmatrix}
+\begin{pmatrix}1\\2\end{pmatrix} != \begin{pmatrix}2\\1\end{pmatrix} != 1,2
+\begin{bmatrix}0&-1\\1&0\end{bmatrix} != \begin{bmatrix}0&1\\-1&0\end{bmatrix}
+
+# words, letters: case and layout are free, the word is not
+\text{(C)} == C
+\text{Odd} == odd
+\text{Even} == even == \text{even} == \mathrm{even} == \textbf{even}
+\text{(C)} == (C) == \text{C} == \textbf{C} == C. == \textbf{(C)} == \mathrm{(C)}
+\text{I only} == I only == \text{I}\text{ only}
+\text{I and II} == I and II == I, II
+\text{Monday} == Monday == \text{ Monday}
+\text{no solution} == no solution == No solution == \text{No solution}
+\text{Yes} == yes == Yes
+MAKE == \text{MAKE}
+\text{S,Q,M} == S, Q, M
+\text{all real numbers} == all real numbers
+\text{True} == True == true
+\text{A} == (A) == A
+AB == BA
+\text{undefined} == undefined == Undefined
+\text{none} == none == None
+\text{No} == No == no == NO
+\text{increasing} == increasing
+(B) == B == \text{B}
+\mathrm{B} == B
+\(\text{S,Q,M}\) == S, Q, M
+\boxed{\text{Even}} == even
+\text{more than }45 != 45
+12\text{ or more} != 12
+\text{more than }45\% != 45\%
+\text{I only} != \text{II only}
+\text{odd} != \text{oddd}
+A != a
+\text{even} != \text{odd} != 2 != e
+C != D != \text{(D)} != c
+\text{I only} != I
+\text{Monday} != \text{Sunday}
+\text{Yes} != \text{No} != no
+ACF != AFC != \text{CAF}
+\text{S,Q,M} != \text{Q,S,M} != M,Q,S
+12\text{ or more} != 12 or fewer
+\text{at least }5 != 5
+\text{more than }3 != 3
+\text{A} != B != AB != 1
+\text{none} != 0 != one
+AB != ab
+N != n
+\text{increasing} != decreasing
+
+# times, units, money, percent, degrees, bases: free beside none, kept apart, scaled on one side only
+\$32,\!348 == 32348
+\$1,234.50 == 1234.5
+\textdollar .10 == 0.1
 28\% == 28 percent
 10\% == 0.1
 90^\circ == 90
@@ -262,36 +368,81 @@ EQUAL = [line.split(" == ") for line in r"""
 5\text{ cents} == 5 cents
 204_5 == 204_{5}
 204_{5} == 204
-\sqrt{8} == 2\sqrt2
-\frac{1}{\sqrt{10}} == \frac{\sqrt{10}}{10}
-\sqrt[3]{16} == 2\sqrt[3]{2}
-(x-1)(x+1) == x^2-1
-x^2+2*x+1 == (x+1)**2
-2^{2005} == 2 \cdot 2^{2004}
-\log_2 8 == 3
 \cos 60^\circ == \frac12
-\sin 2x + 1 == 1+\sin(2x)
-\exp(2x) == e^{2x}
-(\sqrt2)^{-2} == \frac12
-\tan^2(y)+1 == \sec^2(y)
-\frac{\sqrt2}{2}(21-20i) == \frac{21\sqrt2}{2}-10\sqrt2 i
-|t|\sqrt{1+t^2} == \sqrt{1+t^2}|t|
-\lceil n/2\rceil+1 == \lceil (n+2)/2 \rceil
-0,1 == 1, 0
-1, 2 and 3 == \{3,2,1\}
-19, 46, \text{ and } 82 == 19,46,82
-\pm 2021 == -2021, 2021
-1 \pm \sqrt{19} == 1-\sqrt{19}, 1+\sqrt{19}
-(1,\frac{9}{2}) == \left( 1, 4.5 \right)
-(0,2),(4,23) == (4,23), (0,2)
-[-2,7] == x \in [-2,7]
--2 \le x \le 7 == x \in [-2,7]
-x<1 \text{ or } x>3 == (-\infty,1)\cup(3,\infty)
-5 \ge x == x \leq 5
--x>-1 == x<1
-0\leq y\leq \pi == y \in [0,\pi]
-0 < x < \infty == x > 0
-\begin{pmatrix}1&2\\3&4\end{pmatrix} == \begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}
+25\% == 25% == 25 percent == 25\text{ percent} == 25 == 0.25 == 1/4 == 25 \% == \frac14
+25\% == 25 percentage == 25.0\%
+12.5\% == 1/8 == 12\frac12\% == 0.125
+33\frac13\% == \frac{1}{3} == 33 \frac{1}{3} percent == \frac{100}{3}\%
+\frac{100p}{100+p}\% == \frac{100p}{100+p} == \frac{p}{100+p}
+45^\circ == 45^{\circ} == 45° == 45 degrees == 45\text{ degrees} == \frac{\pi}{4} == 45\degree
+\cos 45^\circ == \frac{\sqrt2}{2} == \cos(45^{\circ}) == \cos \frac{\pi}{4} == \cos(\pi/4)
+180^\circ-2x == 180^{\circ} - 2x == 180° - 2x
+\$5 == 5 == 5 dollars == \$5.00 == 5\text{ dollars} == \textdollar 5 == \text{\$}5 == $5
+15\text{ cm}^2 == 15 == 15 \mathrm{~cm}^2 == 15 cm^2 == 15 cm² == 15\text{ square centimeters}
+15\text{ cm}^2 == 15 \text{cm}^{2} == 15\ \text{cm}^2
+60 mph == 60 miles per hour == 60\text{ mph} == 60\text{ miles per hour} == 60
+5 m == 5\text{ m} == 5
+7\text{ hours} == 7 hours == 7 hr == 7
+3.2\text{ m/s}^2 == 3.2
+36\text{ million} == 36000000 == 36 million == 3.6 \times 10^7
+4:30 \text{ p.m.} == 4:30 PM == \text{4:30 p.m.} == 4:30 pm
+1011_2 == 1011_{2} == 1011
+12_8 == 12_{8}
+\frac{1}{2}\text{ cm} == 0.5 cm == 1/2
+\frac{\pi}{2}\text{ radians} == \frac\pi2
+\tan(60^\circ) == \sqrt3
+\sec 60° == 2
+100\% == 1 == 100
+$\$10$ == 10 == \$10.00
+10\text{ dollars} == \$10
+\text{5 cm} == 5
+5\,\mathrm{cm} == 5
+5~\text{cm} == 5
+5\mbox{ cm} == 5
+5\ \text{cm}^3 == 5
+5\operatorname{cm} == 5
+12 \text{ square units} == 12 sq. units == 12
+4\sqrt{3}\text{ cm}^2 == 4\sqrt3
+11:00 == 11
+1 degree == 1°
+7 percent == 0.07
+7% == 7 percentage
+3" == 3 inches
+16'' == 16 in
+2 billion == 2\times10^9
+\frac{3}{4}" == 0.75 in
+0.0011_{2} == 0.0011
+7% == 7
+12_8 != 12_7
+5\text{ cents} != \$5
+20\text{ degrees} != 20\text{ dollars}
+36\text{ million} != 36
+9\text{ a.m.} != 9\text{ p.m.}
+25\% != 0.25\% != 2500\% != 2.5 != 0.0025 != 24\% != 25\pi
+\frac{100p}{100+p}\% != \frac{p}{100+p}\% != \frac{100p}{100+p^2}\%
+45^\circ != 45\pi != 46^\circ != \pi/3 != 0.45
+\$5 != 5 cents != \$6 != 50
+15\text{ cm}^2 != 15\text{ m}^2 != 16 cm^2 != 15 inches
+7\text{ hours} != 7\text{ minutes} != 7 pm
+2\text{ hours }30\text{ minutes} != 60 != 30 != 2
+4:30 pm != 4:30 am != 2:15 pm != 4:31 pm != 8:60 pm
+2:06 PM != 1:03 PM
+1011_2 != 1011_3 != 11 != 1101_2
+12_8 != 10
+10_2 != 10_3
+2:06 != 1:03
+30 degrees != 30\text{ inches}
+7 percent != 7 inches
+7% != 7 inches
+1 dollar != 1 cent
+5 dollars != 5 cents
+3" != 3 cm
+7 percent != 7 pounds
+5 dollars != 5 days
+5 dollar != 5 days
+30 degrees != 30 days
+
+# labels and equations: a name is free, terms move, a factor is free; 7=11a+c is not 11a+c
 x=9 == 9
 x = 1/2 == x=0.5
 y=2x+3 == 2x+3
@@ -300,48 +451,49 @@ y=2x+3 == 2x+3
 a= 56 ,b= 54 == b=54, a=56
 x=1,y=2 == (1,2)
 x=-5, p=\frac{14}{3} == -5, \frac{14}{3}
-2:3 == 2 : 3
-\text{(C)} == C
-\text{Odd} == odd
-\frac13. == \frac{1}{3}
-\frac{\sqrt3}{3} \approx 0.577 == \frac{1}{\sqrt3}
-""".strip().splitlines()]
-
-UNEQUAL = [line.split(" != ") for line in r"""
-5 != 5.001
-0 != 10^{-50}
-\frac{1}{2004!} != \frac{1}{2006!}
-2^{100}(x-1)-(x-2) != 2^{100}(x-1)-(x-2)+1
-\frac{y_3-y_1}{x_3-x_1} != 1
-0.28 != 28
-2,3 != 2.3
-1,234 != 1.234
-\frac{1}{12} != 0.0833333333
-\frac13 != 0.33
-4 != 4\sqrt2
-4 4/9 != 4
-4 4/0 != 4
-1\frac{11}{10} != 1.1
-45 != 4 5
-32349 != 32, 349
-12_8 != 12_7
-2n_1 != 2n
-x^2-1 != x^2+1
-|x| != x
-\lfloor\frac{2n-1}{5}\rfloor != \lfloor\frac{2n}{5}\rfloor
-\log 2 != \log_{10} 2
-1,2 != (1,2)
-(1,2) != (2,1)
-(1,2) != [1,2]
-1,1,2 != 1,2
-1,2,3 != 1,2,3,...
-7 != 1,7
+(x,y,z)=(1,2,3) == (1,2,3) == x=1,y=2,z=3 == x=1,\ y=2,\ z=3
+x=1,y=2 == y=2,x=1 == x=1 \text{ and } y=2 == x = 1, y = 2
+x=5 == 5 == x = 5 == 5=x == x=5.0 == \text{x}=5 == x-5=0
+y=2x+3 == y = 3+2x == 2x-y+3=0 == y-2x=3 == -y+2x+3=0
+x^2+y^2=1 == y^2+x^2=1 == 2x^2+2y^2=2 == x^2+y^2-1=0 == 1=x^2+y^2
+34x+45y-20z+100=0 == -34x-45y+20z-100=0 == 34x+45y=20z-100
+f(x)=x^2 == x^2 == f(x) = x^{2}
+V_1:V_2=11:21 == 11:21 == V_{1} : V_{2} = 11 : 21
+|AB|=1 == 1
+\angle ABC=30^\circ == 30 == 30^\circ == \angle ABC = 30
+AB=5 == 5
+\text{Area}=12 == 12 == Area = 12 == A=12
+\sin\theta=\frac12 == \frac12
+\frac{AB}{CD}=3 == 3
+a_n=2n+1 == 2n+1 == a_{n}=1+2n
+k=\frac13 == \frac13
+P(x)=x+1 == x+1
+T_n = n^2 == n^2
+n=2,3,4 == 2,3,4
+c=a == a=c
+3 = x == x=3
+x=2\text{ or }x=-3 == x=-3, x=2 == 2,-3 == x \in \{2,-3\}
+x=2, y=-3 == (2,-3) == y=-3, x=2 == (x,y)=(2,-3)
+(x,y)=(1,2) == x=1,y=2
+y=\frac{x}{2} == x=2y == x/2 == 2y=x
+y = -x == x+y=0 == -x
+x^2 = 4y == y = \frac{x^2}{4} == 4y-x^2=0
+\frac{x^2}{4}+\frac{y^2}{9}=1 == 9x^2+4y^2=36
+f(x)=2x+1 == 2x+1 == f(x) = 1 + 2x
+S = 4\pi == 4\pi
+\angle A = 60^\circ == 60
+\theta = \frac{\pi}{3} == \frac{\pi}{3} == \pi/3
+a = 3, b = 4 == b=4, a=3 == (3,4) == a=3,\ b=4 == a=3;b=4 == a=3 \text{ and } b=4
+x=1\pm i == 1+i,1-i
+p\left(x\right)=x+1 == x+1
+f(2)=5 == 5
+x=\boxed{5} == 5
+x\approx5 == 5
+x≈5 == 5
+m_{\max}=n^2-n-1 == n^2-n-1
+a=b == b-a=0
+4x-5y=-50 == y=\frac{4x+50}{5}
 4=5=6 != 6
-\pm 2 != 2
-x>5 != x\ge5
-(-\infty,1)\cup(3,\infty) != (-\infty,1)
-(-\infty,1) != (\infty,1)
-x<1 != x>-1
 x=5 != y=5
 7=11a+c != 11a+c
 10x-4y=20 != 10x-5y=20
@@ -352,45 +504,542 @@ a= 56 ,b= 54 != a=56, b=54, c=1
 a= 56 ,b= 54 != 54, 56
 x=1,y=2 != (2,1)
 x=1 != x=1x
-(3) != (3]
-(1,2)+(3,4) != (1,2,3,4)
-f(2)<f(1)<f(4) != f(1)<f(2)<f(4)
 x=50 != 0.5\%
 4=5 != 6=7
+x=1,y=2 != x=2,y=1 != y=1,x=2 != 2,1 != x=1 != x=1,y=2,z=3
+x=5 != x=6 != x=-5 != 6 != x>5 != x^2=25 != 2x=5
+y=2x+3 != y=2x-3 != 2x+3=0 != x=2y+3 != y=3x+2 != y>2x+3 != y^2=2x+3
+x^2+y^2=1 != x^2-y^2=1 != 1 != x^2+y^2 != x^2+y^2=2 != (x^2+y^2)^2=1
+x=0 != x^2=0 != 0=1
+f(x)=x^2 != f(x)=x^3 != g(x)=x^2
+n=2,3,4 != n=1,2,3
+a^2+b=0 != 0 != b
+4=5=6 != 4 != 5
+x=2, y=-3 != (-3,2) != x=-3,y=2
+x^2 = 4y != y^2=4x != x^2=-4y
+\frac{x^2}{4}+\frac{y^2}{9}=1 != \frac{x^2}{9}+\frac{y^2}{4}=1
+a = 3, b = 4 != a=4,b=3 != (4,3)
+a=b != a=-b
+
+# intervals and inequalities: open is not closed; -x>-1 is x<1
+[-2,7] == x \in [-2,7]
+-2 \le x \le 7 == x \in [-2,7]
+x<1 \text{ or } x>3 == (-\infty,1)\cup(3,\infty)
+5 \ge x == x \leq 5
+-x>-1 == x<1
+0\leq y\leq \pi == y \in [0,\pi]
+0 < x < \infty == x > 0
+(-\infty,3] == x\le3 == x \leq 3 == 3\ge x == x<=3 == x \in (-\infty,3] == (-∞, 3]
+(-\infty,3] == \left(-\infty, 3\right] == -\infty<x\le3 == \{x|x\le3\} == \{x : x \leq 3\}
+[0,1) == 0\le x<1 == x\in[0,1) == 1>x\ge0 == \left[0,1\right) == 0 \leq x < 1
+(1,\infty) == (1,+\infty) == x>1 == 1<x == (1, ∞)
+x>1 == -x < -1 == x-1>0 == 1-x<0 == 2x>2
+(-\infty,1)\cup(3,\infty) == (3,\infty)\cup(-\infty,1) == x \in (-\infty,1)\cup(3,\infty)
+(-\infty,1)\cup(3,\infty) == x<1, x>3 == (-∞,1)∪(3,∞)
+x\neq3 == x \ne 3 == 3\neq x == x != 3 == x-3\neq0
+(-\infty,\infty) == \mathbb{R} == x\in\mathbb{R} == (-\infty, +\infty)
+a>b == b<a
+x+y\le 5 == 5\ge x+y == y+x \leq 5
+[\frac12,\infty) == x \ge 0.5 == [0.5, +\infty)
+(-\infty,-1)\cup(-1,1)\cup(1,\infty) == (-\infty, -1) \cup (-1, 1) \cup (1, \infty)
+\{ x \mid x > 2 \} == (2,\infty) == x>2
+\{x \in \mathbb{R} : x > 2\} == x>2
+1 < x < 5 == (1,5) == x \in (1,5) == 5>x>1 == 1<x<5
+-2 \le x \le 2 == [-2,2]
+n \ge 3 == [3,\infty) == 3 \leq n
+m\neq 2 == m \ne 2
+x \in (2, \infty) == (2,\infty)
+\mathbf{x}+\mathcal{y}+\boldsymbol{z}+\vec{u}+\overline{v}+\mathbb{N} == x+y+z+u+v+N
+(0,infinity) == x>0
+x ∈ (0,1) == 0 \lt x \lt 1
+x \gt 5 == 5 \lt x
+x \leqslant 5 == 5 \geq x
+x \geqslant 5 == x >= 5
+\{x \in \mathbb{R} : x > 2\} == (2,\infty)
+1<2x+1 == 2x+1>1
+a\le b == b-a\ge0
+x>5 != x\ge5
+(-\infty,1)\cup(3,\infty) != (-\infty,1)
+(-\infty,1) != (\infty,1)
+x<1 != x>-1
+f(2)<f(1)<f(4) != f(1)<f(2)<f(4)
+(-\infty,3] != (-\infty,3) != [3,\infty) != x<3 != x\ge3 != (-\infty,-3] != (\infty,3]
+(-\infty,3] != [-\infty,4]
+[0,1) != [0,1] != (0,1) != (0,1] != [0,2) != 0<x<1 != [1,0)
+x>1 != x<1 != x\ge1 != y>1 != x>-1 != 1 != x>2
+(-\infty,1)\cup(3,\infty) != (1,3) != (-\infty,1]\cup[3,\infty) != (-\infty,3)\cup(1,\infty)
+x\neq3 != x=3 != x\neq4 != 3 != y\neq 3
+a>b != a<b != a\ge b
+x+y\le 5 != x+y\ge5 != x+y<5 != x+y=5
+(-\infty,-1)\cup(-1,1)\cup(1,\infty) != (-\infty,\infty)
+1 < x < 5 != 1 \le x < 5 != [1,5] != (1,4) != 1<y<5
+2<3 != 3>2
+\infty != 10^{99}
+(1,\infty) != (1,-\infty)
+1/\infty != 0
+a\le b != b\le a
+a\neq b != a=b
+x\le5 != x\in[5,\infty)
+3 < x > 1 != (3,\infty)
+
+# tuples: ordered, of one length, in round brackets
+(1,\frac{9}{2}) == \left( 1, 4.5 \right)
+(0,2),(4,23) == (4,23), (0,2)
+(2,251,252) == (2, 251, 252)
+(1,2) == (1, 2) == ( 1 , 2 ) == (1.0,2) == \langle 1,2\rangle == (x,y)=(1,2)
+(1,2) == \begin{pmatrix}1\\2\end{pmatrix} == (\frac22,2) == (1,2).
+(1,2),(3,4) == (3,4),(1,2) == \{(1,2),(3,4)\} == (1,2) and (3,4) == (1,2);(3,4) == (1, 2), (3, 4)
+(-3,\frac{\pi}{2}) == (-3, \pi/2) == \left( -3, \frac{\pi}{2} \right)
+(0,-\sqrt2) == (0,-2^{1/2})
+(a,b) == (a, b)
+（1，2） == (1,2)
+\left( \frac{1}{2}, 3 \right) == (0.5,3)
+(3,4)\text{ or }(4,3) == (4,3),(3,4)
+\langle 1,-2,3\rangle == (1,-2,3) == \begin{pmatrix}1\\-2\\3\end{pmatrix}
+(1,2) != (2,1)
+(1,2) != [1,2]
+(1,2)+(3,4) != (1,2,3,4)
+(2,251,252) != 2251252 != (2251252) != (2, 252, 251) != (251, 252)
+(1,2) != \{1,2\} != (1,2,3) != (1,3) != (1.2) != 12 != (1,2] != \begin{pmatrix}1&2\end{pmatrix}
+(1,2) != (-1,2) != (1)
+(1,2),(3,4) != (2,1),(4,3) != (1,2) != (1,4),(3,2) != (1,2,3,4) != 1,2,3,4
+(a,b) != (b,a) != a,b
+
+# lists and sets: in any order, each item once; ± is two items
+15,600 == 15600
+1000,99 == 1000.99
+0,1 == 1, 0
+1, 2 and 3 == \{3,2,1\}
+19, 46, \text{ and } 82 == 19,46,82
+\pm 2021 == -2021, 2021
+1 \pm \sqrt{19} == 1-\sqrt{19}, 1+\sqrt{19}
+12,500 == 12500 == \$12,500 == 12500 dollars == \$12{,}500.00 == \$ 12500
+3,14 == 3.14
+70,110 == 70, 110 == 110, 70
+1,2,3 == 3, 2, 1 == \{1,2,3\} == 1, 2, 3 == 1, 2 and 3 == 1, 2, and 3 == 1,2,\text{ and }3
+1,2,3 == \{ 3,1,2 \} == 1;2;3 == \left\{1,2,3\right\} == x=1,2,3 == x=1, x=2, x=3 == x \in \{1,2,3\}
+1,2,3 == 1 \text{ or } 2 \text{ or } 3 == {1, 2, 3} == 2, 3, 1
+\pm 5 == 5,-5 == -5, 5 == \{-5,5\} == x = \pm 5 == x=5,-5 == x=5 \text{ or } x=-5
+1\pm\sqrt5 == 1+\sqrt5,1-\sqrt5 == 1+\sqrt{5} \text{ and } 1-\sqrt{5}
+\{1\pm\sqrt{5},-2\} == -2, 1+\sqrt5, 1-\sqrt5 == \{-2,1-\sqrt5,1+\sqrt5\}
+\frac{-1\pm\sqrt3 i}{2} == \frac{-1+i\sqrt3}{2}, \frac{-1-i\sqrt3}{2}
+\emptyset == \varnothing == ∅ == \{\} == \{ \}
+0,1 == 1,0
+\{5\} == 5
+\left\{\frac12,3\right\} == \{3,0.5\}
+\{a,b\} == \{b,a\} == a,b
+\{(1,2),(2,3)\} == (2,3),(1,2)
+2,4,6,8 == 2, 4, 6, 8 == \{8,6,4,2\}
+\sqrt{2},\sqrt{3} == \sqrt3, \sqrt2
+3, \frac12 == 0.5, 3
+\pm\frac{\sqrt2}{2} == \frac{\sqrt2}{2},-\frac{\sqrt2}{2} == \pm\frac{1}{\sqrt2}
+\pm 3i == 3i,-3i
+2\pm\sqrt3 == 2+\sqrt3,2-\sqrt3 == 2-\sqrt{3},2+\sqrt{3}
+10\text{ or }12 == 12, 10
+12 \text{ or } 13 == 13,12
+0.5\text{ or }1 == 1, \frac12
+2,3 != 2.3
+1,234 != 1.234
+1,2 != (1,2)
+1,1,2 != 1,2
+1,2,3 != 1,2,3,...
+\pm 2 != 2
 1;260 != 1,260
-3:5 != 5:3
-5\text{ cents} != \$5
-20\text{ degrees} != 20\text{ dollars}
-36\text{ million} != 36
-\text{more than }45 != 45
-9\text{ a.m.} != 9\text{ p.m.}
-12\text{ or more} != 12
 12\text{ or fewer} != 12
-\text{more than }45\% != 45\%
-\text{I only} != \text{II only}
-\text{odd} != \text{oddd}
-""".strip().splitlines()]
+3,1 != 3.1
+70,110 != 70 != 71110
+1,2,3 != 1,2 != 1,2,3,4 != 1,2,4 != 123 != 1,2,3,\ldots != 1,2,2,3 != (1,2,3) != [1,2,3] != 1+2+3
+1,2,3 != 3
+\pm 5 != 5 != -5 != \pm 4 != 5,5
+\{1\pm\sqrt{5},-2\} != 1+\sqrt5,-2 != \{1\pm\sqrt{5},2\} != \{1\pm\sqrt{5}\}
+\emptyset != 0 != \{0\}
+0,1 != 1 != 0.1 != 0 != 10
+2,4,6,8 != 2,4,6 != 2,4,6,9 != 2468
+3, \frac12 != 3.5 != 3\frac12
+2\pm\sqrt3 != 2+\sqrt3 != 2\pm\sqrt2 != 3\pm\sqrt2
 
-HOSTILE = ["__import__('os').system('x')", "x.__class__", "lambda x: x", "9**9**9**9", "9^{9^{9^{9}}}", "1000000000!",
-           "((((3!)!)!)!)!", "1e999999999", "(" * 20_000,
-           "(" * 20_000 + "5" + ")" * 20_000, "{" * 400 + "5" + "}" * 400,
-           r"\boxed{" * 5000, r"\frac" * 150, r"\sqrt" * 150 + "5", "\\log " * 49 + "5", "x" + "^x" * 400,
-           "5,5", "5,4,3",
-           "x" + "^{x" * 25 + "}" * 25, r"\sqrt{2^{16000}+1}", "(%s)^{1/3}" % ("9" * 900),
-           "1/" * 400 + "1", "-" * 999 + "7",
-           "5=5=5", "4=5", "٥", "⁵", "5" * 999, "1/0", "0^{-1}", r"\infty-\infty", r"\tan 90^\circ", r"\sin(10^{9000})",
-           r"\cos(10^{4000}i)", "x!" + "!" * 900, r"\pm" * 300, "√" * 399 + "5", "\\!" * 400, "|" * 900, '"' * 900,
-           "\x00", "🙂" * 300, "",
-           ",".join(r"\sqrt{%d}" % n for n in range(2, 50)), "*".join(["2^{9999}"] * 100)]
+# ratios
+2:3 == 2 : 3
+2:3 == 2/3 == \frac23 == 4:6 == 2\colon3
+3:4:5 == 6:8:10 == 3 : 4 : 5
+\sqrt3:2 == \frac{\sqrt3}{2}
+3:5 != 5:3
+2:3 != 3:2 != 2:4 != 23 != 2.3
+3:4:5 != 3:5:4 != 5:4:3 != 3:4
 
-BOXES = [(r"\boxed{1} and \boxed{2}", "2"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\fbox{7}", "7"), ("7", None),
-         (r"\boxed{1} then \boxed{2", "1"), (r"\boxed{1} \boxed{}\boxed{ }", "1"), (r"\boxed{\{1,2\}}", r"\{1,2\}"),
-         (r"} \boxed {3} {", "3"), (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."), (r"\boxed{1 \boxed{2}}", "2")]
+# complex numbers
+\frac{\sqrt2}{2}(21-20i) == \frac{21\sqrt2}{2}-10\sqrt2 i
+3+4i == 4i+3 == 3 + 4 i == 3+4\cdot i == 3 + 4\mathrm{i}
+3+4i == 4i+3 == 3 + 4 i == (2+i)^2
+i == \sqrt{-1} == i^5
+\frac{1}{i} == -i
+e^{i\pi} == -1
+2i\sqrt3 == 2\sqrt3i == 2\sqrt{3}i == \sqrt{-12}
+|3+4i| == 5
+\frac34 i == \frac{3i}{4} == 0.75i
+3+\sqrt{2}i == 3+i\sqrt2
+3+4i != 3-4i != 4+3i != 7 != 3+4 != 3,4 != (3,4)
 
-REWARDS = [(r"so \boxed{7}", 120), (r"\boxed{x=7}", 120), (r"\boxed{8}, no, \boxed{7}", 120),
-           (r"\boxed{7}, no, \boxed{8}", 20),
-           (r"\(7\) or \boxed{8}", 20), (r"$x=7$ \boxed{8}", 20), (r"\boxed{8}", 10), (r"7 \boxed{8}", 10), ("$7$", 0),
-           (r"$7$" + "$1$" * 10 + r"\boxed{8}", 10), (r"\boxed{7", 0), (r"$7$ \boxed{ }", 0), ("", 0)]
+# formulas: compared at points of both signs, near and far
+(x-1)(x+1) == x^2-1
+x^2+2*x+1 == (x+1)**2
+\sin 2x + 1 == 1+\sin(2x)
+\exp(2x) == e^{2x}
+\tan^2(y)+1 == \sec^2(y)
+|t|\sqrt{1+t^2} == \sqrt{1+t^2}|t|
+\lceil n/2\rceil+1 == \lceil (n+2)/2 \rceil
+\binom{2n}{n} == \frac{(2n)!}{n!n!} == \frac{(2n)!}{(n!)^2} == {2n \choose n}
+x^2-1 == x^2 - 1 == -1+x^2 == (x+1)(x-1) == x^{2}-1 == x*x-1 == x²-1
+\frac{x+2}{7} == \frac{x}{7}+\frac{2}{7} == (x+2)/7 == \frac17(x+2)
+(n-2)2^n+1 == (n-2) 2^{n}+1 == 2^n(n-2)+1 == n2^n - 2^{n+1} + 1
+\frac{(n-4)180}{n} == \frac{180(n-4)}{n} == 180 - \frac{720}{n} == 180(1-\frac4n)
+2\sin x\cos x == \sin 2x == \sin(2x) == 2 \cos x \sin x
+\sin^2 x+\cos^2 x == 1
+\tan x == \frac{\sin x}{\cos x}
+\sec^2 x - 1 == \tan^2 x
+\arctan x == \tan^{-1} x == \arctan(x)
+|x-3| == |3-x| == \left|x-3\right| == \lvert x-3\rvert
+\lfloor \frac{n}{2} \rfloor == \left\lfloor n/2 \right\rfloor
+\lceil n/2\rceil == -\lfloor -n/2\rfloor
+\sqrt{ab} == \sqrt{a}\sqrt{b} == \sqrt{ba} == (ab)^{1/2}
+\frac{a}{\sqrt b} == \frac{a\sqrt b}{b}
+\ln(ab) == \ln a + \ln b
+x^{1/2} == \sqrt x == \sqrt{x}
+\sqrt[3]{x} == x^{1/3} == x^{\frac13}
+\frac{1}{x} == x^{-1} == 1/x
+e^{2x} == (e^x)^2
+2^{n+1} == 2\cdot2^n == 2(2^n)
+a_1+a_2 == a_{1}+a_{2} == a_2+a_1
+n! == n(n-1)!
+\theta+1 == 1+\theta
+3xy == 3yx == 3 x y == 3x \cdot y
+\frac{1}{2}bh == \frac{bh}{2} == bh/2 == 0.5bh
+-x+2 == 2-x
+(x+y)^2 == x^2+2xy+y^2
+\frac{x^2-y^2}{x-y} == x+y
+k\pi == \pi k
+x^{2}y^{-1} == \frac{x^2}{y}
+f(x) == f( x )
+a+bi == bi+a
+x²+y² == x^2+y^2
+x₁+x₂ == x_1+x_2
+\frac{1}{x+1} == (x+1)^{-1}
+-\frac{1}{2x} == -\frac1{2x} == \frac{-1}{2x}
+2 \sin b \cos a == \sin(a+b)-\sin(a-b) == 2\cos a\sin b
+\cos^2\theta == 1-\sin^2\theta == (\cos\theta)^2
+\frac{2}{3}\pi r^3 == \frac{2\pi r^3}{3}
+\pi r^2 == r^2\pi
+\lvert x \rvert == |x|
+0.5x == \frac{x}{2}
+\frac{7}{2}x^2 == 3.5x^2
+\left\lfloor \frac{n}{3} \right\rfloor == \lfloor n/3 \rfloor
+n^2+n == n(n+1)
+\frac{n(n+1)}{2} == \binom{n+1}{2} == 1/2 n (n+1)
+2^n-1 == 2^{n}-1 == -1+2^n
+(-1)^n == (-1)^{n+2}
+3(x+2)(x-1) == 3x^2+3x-6
+x^3 - 3x^2 + 9x - 9 == x^3-3x^2+9x-9
+-(x-1) == 1-x
+a(b+c) == ab+ac
+\frac{a+b}{c} == \frac ac+\frac bc == (a+b)/c
+\sqrt{x^2+1} == (x^2+1)^{1/2} == \sqrt{1+x^2}
+\frac{1}{\sqrt{x}} == x^{-1/2} == \frac{\sqrt x}{x}
+sin(x)+cos(x)+tan(x)+arcsin(x) == \arcsin x+\tan x+\cos x+\sin x
+arccos(x)+arctan(x) == \arctan x+\arccos x
+2×3·4⋅5∗x == 120x
+2 thousand == 2000
+\alpha\beta\gamma\delta\epsilon\theta\lambda\mu == \mu\lambda\theta\epsilon\delta\gamma\beta\alpha
+\rho\sigma\phi\Phi\omega == \omega\Phi\phi\sigma\rho
+2RC+R+C == R+C+2CR
+\log_ba == \frac{\ln a}{\ln b}
+3\sec\frac12\theta == \frac{3}{\cos(\theta/2)}
+\csc x == \frac{1}{\sin x}
+\cot x == \frac{\cos x}{\sin x}
+\sinh x == \frac{e^x-e^{-x}}{2}
+\cosh x == \frac{e^x+e^{-x}}{2}
+\tanh x == \frac{\sinh x}{\cosh x}
+2^{-(2k+1)} == \frac{1}{2\cdot4^k}
+(n+1)! == (n+1)n!
+x^{-1} == 1/x
+(x^2)^3 == x^6
+2/3x == \frac23x
+f\left(2\right) == f(2)
+2^-1x == \frac{x}{2}
+\text{245 yd.} == 245
+2^{100}(x-1)-(x-2) != 2^{100}(x-1)-(x-2)+1
+\frac{y_3-y_1}{x_3-x_1} != 1
+2n_1 != 2n
+x^2-1 != x^2+1
+|x| != x
+\lfloor\frac{2n-1}{5}\rfloor != \lfloor\frac{2n}{5}\rfloor
+\binom{2n}{n} != \binom{2n}{n-1} != \frac{2n}{n} != \binom{n}{2n}
+x^2-1 != x^2 != (x-1)^2 != 1-x^2 != x^3-1 != y^2-1 != 2x-1 != x^2-x
+\frac{x+2}{7} != x+\frac27 != \frac{x}{7}+2 != \frac{7}{x+2}
+\sin 2x != 2\sin x != \sin x != \sin^2 x != \cos 2x
+\arctan x != \tan x != \frac{1}{\tan x} != \cot x
+|x+3| != x+3 != -x-3 != |x|+3 != |x-3|
+|x+100| != x+100
+\lfloor n/30\rfloor != \lfloor n/40\rfloor != n/30 != \lceil n/30\rceil
+\lceil n/2\rceil != \lfloor n/2\rfloor
+\sqrt{a+b} != \sqrt a+\sqrt b
+2^{n+1} != 2^n+1 != 2^n
+a_1 != a_2 != a
+n! != n != (n-1)! != n^2
+\theta != \phi
+xy != x+y != x/y
+f(x) != f(y) != g(x) != f
+f'(x) != f(x)
+x != X
+a+bi != a-bi != a+b
+x+ != x- != x
+\frac{1}{x+1} != \frac1x+1
+1/2x != \frac{2}{x}
+\pi r^2 != 2\pi r != \pi r
+\lfloor\frac{2n-1}{5}\rfloor != \lfloor\frac{2n-2}{5}\rfloor
+n^2+n != n^2-n != n(n-1) != n^2+1
+(-1)^n != (-1)^{n+1}
+\frac{a+b}{c} != a+\frac bc != \frac{a}{c}+b
+\sqrt{x^2+1} != x+1 != \sqrt{x^2-1}
+f(2) != 2f
+-f(-y) != f(y)
+28 percentage != 28 inches
+x_1 != x_2
+\sqrt{x} != -\sqrt{x}
+\sqrt{-x} != \sqrt{x}
+x^2 != |x|
+|xy| != xy
+|x-y| != x-y
+(2n)! != 2n!
+x^{2^3} != x^6
+7 percentage != 7 pounds
+
+# fractions and mixed numbers
+\frac43 == \dfrac{4}{3}
+\frac{270}7 == 270/7
+-\frac12 == \frac{-1}{2}
+{-}4 == -4
+6\frac15 == 31/5
+4 4/9 == 40/9
+33 \frac{1}{3} == \frac{100}{3}
+1/2 == 0.5 == \frac{1}{2} == \frac12 == \dfrac 12 == .5 == 0.50 == 50\% == 1/2. == $\frac{1}{2}$
+1/2 == \(\frac{1}{2}\) == \frac{2}{4} == 2^{-1} == \frac1{2} == \frac{1}2 == ½ == {1}/{2}
+1/2 == \left(\frac{1}{2}\right) == 1 / 2 == \tfrac{1}{2} == x=\frac12 == \boxed{\frac12}
+1/2 == \sqrt{1/4} == \sqrt{0.25} == \sin 30^\circ == \cos\frac{\pi}{3} == \displaystyle\frac{1}{2}
+-\frac{3}{4} == -3/4 == \frac{-3}{4} == \frac{3}{-4} == -0.75 == -.75 == - \frac34 == −3/4
+-\frac{3}{4} == {-}\frac{3}{4} == -\dfrac{3}{4}
+2\frac{3}{5} == 13/5 == 2.6 == 2 3/5 == 2\,\frac35 == \frac{13}{5} == 2\dfrac{3}{5} == 2 \frac 35
+2\frac{3}{5} == 2 + \frac{3}{5}
+-1\frac12 == -1.5 == -\frac32 == -3/2
+2½ == 5/2 == 2 1/2
+\frac{3}{4} == 0.7500 == 75\% == 3:4
+\frac{10}{3} == 3.\overline{3} == 3\frac13 == 3.3333333333333335
+1/3 == 0.333333333333
+$\displaystyle\frac12$ == 0.5
+\big(\Big(\bigg(\Bigg(5\quad\qquad\;\:\!\Bigg)\bigg)\Big)\big) == 5
+\cfrac12+\tfrac12 == 1
+8/2/2 == 2
+\frac{1}{12} != 0.0833333333
+\frac13 != 0.33
+4 4/9 != 4
+4 4/0 != 4
+1\frac{11}{10} != 1.1
+1/2 != 2/1 != 0.05 != 5 != 1 != -1/2 != 12 != 1,2 != (1,2) != 0.51 != \frac{1}{3} != \frac12\pi
+-\frac{3}{4} != 3/4 != -4/3 != -0.7 != -\frac34i
+2\frac{3}{5} != 6/5 != 23/5 != 2 != \frac{3}{5} != 2.35
+-1\frac12 != -0.5 != 1.5
+2½ != 1 != 21/2
+1/3 != 0.3333
+
+# numbers: roots, powers, logarithms, factorials, roundings, and what is none
+\sqrt{8} == 2\sqrt2
+\frac{1}{\sqrt{10}} == \frac{\sqrt{10}}{10}
+\sqrt[3]{16} == 2\sqrt[3]{2}
+2^{2005} == 2 \cdot 2^{2004}
+\log_2 8 == 3
+(\sqrt2)^{-2} == \frac12
+\frac{\sqrt3}{3} \approx 0.577 == \frac{1}{\sqrt3}
+\sqrt{8} == 2\sqrt{2} == \sqrt 8 == 8^{1/2} == 2*\sqrt{2} == 2 \cdot \sqrt{2} == \frac{4}{\sqrt2}
+\sqrt{8} == \sqrt8 == √8 == 2√2 == sqrt(8) == 2sqrt(2) == 2*sqrt(2) == 8^{0.5} == 2^{3/2} == 2^{1.5}
+\sqrt{8} == 2 \sqrt {2}
+\frac{\sqrt{3}}{3} == \frac{1}{\sqrt3} == \sqrt{3}/3 == \sqrt{\frac13} == 3^{-1/2} == \frac13\sqrt3
+\frac{\sqrt{3}}{3} == \frac{\sqrt 3}3 == 1/\sqrt{3} == \tan 30^\circ
+\sqrt[3]{16} == 16^{1/3} == 2 \cdot 2^{1/3}
+\sqrt{2}+\sqrt{3} == \sqrt{3}+\sqrt{2} == \sqrt{5+2\sqrt{6}}
+1+\sqrt{2} == \sqrt2+1 == \frac{1}{\sqrt2-1}
+\sqrt[3]{-8} == -2
+-2\sqrt[3]{2} == \sqrt[3]{-16}
+3\sqrt{13} == \sqrt{117} == 3 \sqrt{13}
+\sqrt{3\sqrt{3}} == 3^{3/4} == \sqrt[4]{27}
+2\pi == 2π == 2*pi == 2 \cdot \pi == 2pi == \pi \cdot 2 == 2 \pi == \pi + \pi == 360^\circ
+\frac{\pi}{4} == \pi/4 == \frac14\pi == 0.25\pi == \frac{1}{4} \pi
+e^2 == e^{2} == \exp(2) == \exp 2 == e \cdot e
+\ln 8 == 3\ln 2 == \log 8 == \ln(8) == \ln{8}
+\log_2 8 == \log_{2}8 == \log_2(8) == \frac{\ln 8}{\ln 2}
+\log_{10} 100 == 2
+\frac{\ln 3}{\ln 2} == \log_2 3 == \log_2{3}
+2^{10} == 1024 == 2^10 == 2**10 == 4^5 == 1,024
+2^{2005} == 4 \cdot 2^{2003}
+5! == 120 == 5 \cdot 4! == 5\cdot 4\cdot3\cdot2
+\binom{5}{2} == 10 == \dbinom52 == {5 \choose 2} == \binom52 == \frac{5!}{2!3!}
+\frac{2004!}{2003!} == 2004
+2^{3^2} == 512
+-2^2 == -4
+(-2)^2 == 4
+10^{-2} == 0.01
+\sin^{-1}\frac12 == \frac{\pi}{6} == \arcsin(1/2) == 30^\circ
+3\times10^{-4} == 0.0003
+\sin\left(\frac{\pi}{6}\right) == 0.5
+4^{\frac{1}{2}} == 2
+(\sqrt{2})^2 == 2
+1.5\times 10^{1} == 15
+10^{1/3} == \sqrt[3]{10}
+2^{-1/2} == \frac{1}{\sqrt{2}}
+2^{100} == 1267650600228229401496703205376
+7! == 5040 == 5,040
+\log_{2} 3 == \frac{\log 3}{\log 2} == \log_2(3)
+\ln 2 == \log 2 == \ln(2) == \ln{2}
+\frac{e^2-1}{2} == (e^2-1)/2
+5! \cdot 2 == 240
+3 + 2\sqrt{2} == (1+\sqrt{2})^2
+6\pi\sqrt{2} == 6\sqrt2\pi
+5\text{ } == 5
+\frac{1}{7}\triangle ABC == \frac{ABC}{7}
+\tbinom{4}{2} == 6
+ln(8) == 3 log(2)
+6\div2 == 3
+6÷2∕3 == 1
+\text{13} == 13
+\log_{10} 2 == \frac{\ln 2}{\ln 10}
+\lceil 2.1\rceil == 3
+\lfloor -2.1\rfloor == -3
+\lfloor\log_2 8\rfloor == 3
+-3^2 == -9
+2^{-1}3 == 1.5
+2-(3-1) == 0
+2^3\frac12 == 4
+2^3^2 == 512
+\lfloor\frac{\ln 1000}{\ln 10}\rfloor == 3
+\lfloor\frac{\ln 125}{\ln 5}\rfloor == 3
+\lfloor(\sqrt{6})^2\rfloor == 6
+\frac{1}{2004!} != \frac{1}{2006!}
+\log 2 != \log_{10} 2
+(3) != (3]
+\cos 45 != \frac{\sqrt2}{2}
+\sqrt{8} != 8 != 2 != 4\sqrt2 != \sqrt{2} != 2\sqrt3 != \sqrt[3]{8} != -2\sqrt2 != 2.83 != 2,\sqrt2
+\frac{\sqrt{3}}{3} != \frac{\sqrt{3}}{2} != \sqrt3 != \frac{3}{\sqrt3} != \frac{\sqrt{3}}{3}i
+\sqrt[3]{16} != \sqrt{16} != 3\sqrt{16} != 2\sqrt{2}
+1+\sqrt{2} != 1-\sqrt{2} != \sqrt{3} != -1+\sqrt2
+2\pi != \pi != 2 != \pi^2 != 6.28 != 2\pi r
+e^2 != 2e != 7.39
+\log_2 3 != \log_3 2 != \log 3
+\log_{0} 5 != 0
+\log_1 5 != 0
+2^{10} != 2^{11} != 20 != 210 != 10^2
+2^{2005} != 2^{2004} != 2^{2005}+1 != 2^{2005}-1
+\binom{5}{2} != \frac52 != 20 != \binom{5}{1}
+2^{100} != 1267650600228229401496703205377
+10^{-100} != 0
+\log 0 != -\infty
+2^3^2 != 64
+5\quad 6 != 30 != 56
+\quad != \,
+"""
+
+def rows_of(table: str) -> list[tuple[bool, list[str]]]:
+    """(equal, [answer, other, ...]) for each row."""
+    rows = []
+    for line in table.splitlines():
+        if line and not line.startswith("# "):
+            equal = " == " in line
+            rows.append((equal, line.split(" == " if equal else " != ")))
+    return rows
+
+
+ROWS = rows_of(CASES)
+PAIRS = [(equal, row[0], other) for equal, row in ROWS for other in row[1:]]
+
+CODE = [
+    "__import__('os').system('touch pwned')", "exec('5')", "eval('5')", "x.__class__.__mro__",
+    "lambda x: x", "5; import os", "open('pwned', 'w')", "().__class__.__bases__[0]", "print(5)",
+    "5 if True else 6", "`touch pwned`", "%(5)s", "5#6", "5//1", "5&4", "5|1", "~-5", "5<<1",
+    "int('5')", "__builtins__", "globals()", "f'{5}'", "'5'", "5 and __import__",
+    r"\input{/etc/passwd}", r"\write18{ls}", r"\def\x{5}\x", r"\newcommand{\a}{5}\a",
+    r"\csname 5\endcsname", r"\catcode`5", "sympy.Integer(5)", "Integer(5)", r"\sin.__class__",
+    "<script>5</script>", "../../5", r"\url{5}"]
+SIZES = [
+    "9**9**9**9", "9^{9^{9^{9}}}", "9^9^9^9", "1000000000!", "((((3!)!)!)!)!", "3!!!!!!", "99999!!",
+    "1e999999999", "1e9999", "10^{10^{10}}", "2^{100000}", r"\binom{1000000}{500000}",
+    r"\binom{3000}{1500}!", "(10^{4000})!", "x!" + "!" * 300, "(10^{4000})^{(10^{4000})}",
+    r"\exp(\exp(\exp(\exp(9))))", r"\pi^{\pi^{\pi^{\pi^{\pi}}}}", r"\sqrt{2^{16000}+1}",
+    "(" + "9" * 380 + ")^{1/3}", "(" + "9" * 380 + ")^{9999}", "1/" * 199 + "1", "1/" * 400 + "1",
+    "1." + "3" * 395, "5" * 399, "5" * 999, "5" * 100_000, "0." + "0" * 390 + "5",
+    r"\sin(10^{9000})", r"\tan 90^\circ", r"\cos(10^{4000}i)", r"\log 0", "1/0", "0/0", "0^{-1}",
+    r"\infty-\infty", r"\infty/\infty", r"0\cdot\infty", r"1^{\infty}", r"(-1)^{\infty}",
+    "i^{i^{i^i}}", "(-1)!", "(1/2)!", "i!", r"\infty!", r"\lfloor i\rfloor",
+    r"\lfloor\infty\rfloor", r"\sqrt[0]{5}", r"\sqrt[1000000000]{5}", r"\log_1 5", r"\log_{-1}5",
+    r"\arcsin 10^{99}", r"\binom{-1}{-1}", r"\binom{1/2}{3}", r"\binom{5}{10^{9}}",
+    r"\frac{1}{x-x}", r"\frac{x}{0}", "x^{x^{x^{x^x}}}", "x!!!!", "2^{2^{2^{2^x}}}",
+    "x" + "^x" * 150, "x" + "^x" * 400, "x" + "^{x" * 25 + "}" * 25,
+    r"\lfloor " * 30 + "x" + r"\rfloor " * 30, "*".join(["2^{9999}"] * 45),
+    "*".join(["2^{9999}"] * 100), "+".join(["2^{9999}"] * 45), "*".join(["3000!"] * 60),
+    "+".join(["1/3000!"] * 50), r"\sum_{i=1}^{10^9} i", r"\int_0^1 x dx", r"\lim_{x\to0}x"]
+NESTS = [
+    "(" * 20_000, "(" * 20_000 + "5" + ")" * 20_000, "(" * 199 + "5" + ")" * 200,
+    "{" * 400 + "5" + "}" * 400, "[" * 150 + "5" + "]" * 150, "|" * 900, "|" * 399, "|x" * 150,
+    "-" * 999 + "7", "-" * 399 + "7", "+" * 300, "!" * 399, "5" + "!" * 300, r"\frac" * 150,
+    r"\frac" * 80, r"\sqrt" * 150 + "5", r"\sqrt" * 70 + "5", "√" * 399 + "5", "\\log " * 49 + "5",
+    r"\sin" * 90 + "5", "^" * 300, "5" + "^" * 300, "_" * 300, "x" + "_x" * 150,
+    "x" + "_{x" * 60 + "}" * 60, r"\boxed{" * 5000, r"\text{" * 60 + "5" + "}" * 60,
+    r"\begin{pmatrix}" * 20 + "5", r"\\" * 200, "&" * 399, "\\!" * 400, "," * 399, "5," * 199,
+    ",".join(r"\sqrt{%d}" % n for n in range(2, 40)), "=".join("x" * 100), "x=" * 150 + "5",
+    "<".join("x" * 100), "5=5=5", "4=5", "0=0", "5<6", r"\pm" * 300, "±" * 399, "5" + "±5" * 150,
+    ":" * 300, "5:" * 150 + "5", "5 " * 190, "5%" * 190, "°" * 399, r"\%" * 190, "$" * 399,
+    "?" * 300, "." * 399, "5" + "." * 300, '"' * 900, "''" * 190, "5,5", "5,4,3"]
+PATTERNS = [
+    "a" * 399, "a" * 399 + "!", "a " * 199, "aaaa " * 79, "Aa" * 190, "A" + " a" * 190 + "=",
+    "1," * 199, "1,000" * 70, "1,000," * 65, "1 000 " * 60, "0" * 398 + ":", "0:" * 190,
+    "1:00 " * 70, r"\text{ " * 80, r"\text{" + "a " * 190, r"\hspace{" * 50, "{-}" * 130,
+    "{,}" * 130, r"\overline{" * 39, "." * 200 + r"\overline{3}",
+    "1" * 150 + "." + "1" * 150 + r"\overline{" + "1" * 80, r"\left|" * 60, "|a" * 190 + "|",
+    r"\approx" * 50, r"\circ^" * 60, r"^{\circ" * 50, "and or " * 50, r"\{x|" * 90, r"\{ x " * 70,
+    "f(" * 190, "f(" * 90 + ")" * 90, "P(a," * 90, "1e" * 190, "1e9" * 130, "x" * 150 + "y" * 150,
+    "\\" * 399, r"\a" * 199, "apples " * 57, "1 1/" * 99]
+STRANGE = [
+    "٥", "⁵", "₅", "Ⅴ", "五", "½½½", "²", "∞∞", "∑", "√√√", "\u202e5", "5\u200b", "\u200b5",
+    "5\u0301", "\ufeff5", "é", "ﬁ", "ﷺ" * 20, "ﷺ" * 399, "\u0130", "🙂" * 300, "\x00", "5\x00",
+    "\x005", "\x1b[31m5", "\ud800", "5\udfff", "\udc00" * 99, "∎", "∎5", "5∎", "⟦5⟧", "′", "f′′",
+    "α" * 200, "×5", "÷", "∅∅", "", " ", "\n", "~" * 399, " " * 399, "\u2028", "5\u20286", "5\x1c6",
+    "5\x856", "5\u30006"]
+HOSTILE = {"code": CODE, "sizes": SIZES, "nests": NESTS, "patterns": PATTERNS, "strange": STRANGE}
+
+BOXES = [
+    (r"\boxed{1} and \boxed{2}", "2"),
+    (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+    (r"\fbox{7}", "7"),
+    ("7", None),
+    (r"\boxed{1} then \boxed{2", "1"),
+    (r"\boxed{1} \boxed{}\boxed{ }", "1"),
+    (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+    (r"} \boxed {3} {", "3"),
+    (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
+    (r"\boxed{1 \boxed{2}}", "2"),
+    ("\\boxed{\n\\begin{pmatrix}1\\\\2\\end{pmatrix}\n}.", r"\begin{pmatrix}1\\2\end{pmatrix}")]
+
+REWARDS = [
+    (r"so \boxed{7}", 120),
+    (r"\boxed{x=7}", 120),
+    (r"\boxed{8}, no, \boxed{7}", 120),
+    (r"\boxed{7}, no, \boxed{8}", 20),
+    (r"\(7\) or \boxed{8}", 20),
+    (r"$x=7$ \boxed{8}", 20),
+    (r"\boxed{8}", 10),
+    (r"7 \boxed{8}", 10),
+    ("$7$", 0),
+    (r"$7$" + "$1$" * 10 + r"\boxed{8}", 10),
+    (r"$7$" + "$1$" * 9 + r"\boxed{8}", 20),
+    (r"\boxed{7", 0),
+    (r"$7$ \boxed{ }", 0),
+    ("", 0)]
 
 PARSES = ["5", r"\frac{3}{4}", "x^2+1", "(1,2)", "a= 56 ,b= 54", "[0,1)", r"\$5", r"5\text{ cm}", "C",
           r"x \in [0,1]", r"\pm 3"]
@@ -398,99 +1047,265 @@ PARSES_NOT = ["hello world", "", " ", r"\frac{", "4=5=6", "x+", "x^", "2 3", r"\
               "(1,2", r"\foo", "1,,x+", "()"]
 
 
-@pytest.mark.parametrize("left, right", EQUAL)
-def test_equal_both_ways(left, right):
-    assert answers_equal(left, right) and answers_equal(right, left)
+@pytest.mark.parametrize("equal, row", ROWS, ids=[row[0][:40] for _, row in ROWS])
+def test_cases_equal_and_unequal_both_ways(equal, row):
+    """Each row guards a way of writing; what each group guards is written over it."""
+    for other in row[1:]:
+        verdicts = answers_equal(other, row[0]), answers_equal(row[0], other)
+        assert verdicts == (equal, equal), other
 
 
-@pytest.mark.parametrize("left, right", UNEQUAL)
-def test_unequal_both_ways(left, right):
-    assert not answers_equal(left, right) and not answers_equal(right, left)
+FORBIDDEN = {"exec", "compile", "import", "open", "os.system", "os.exec", "subprocess.Popen"}
+AUDITED = []  # what Python did of these, from "begin" on
 
 
-@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
-def test_hostile_text_is_refused_quickly(text):
-    """A hang stops a night's run; the bound is loose because the machine may be busy (typical: 10 ms)."""
-    start = time.perf_counter()
-    for gold in ("5", "x+1", r"\sqrt2", "1,2"):
-        assert not answers_equal(text, gold) and not answers_equal(gold, text)
-    parses(text), extract_boxed(text), student_reward(text, "5")
-    assert time.perf_counter() - start < 5
+def audit(event: str, _) -> None:
+    if AUDITED and event in FORBIDDEN:
+        AUDITED.append(event)
+
+
+sys.addaudithook(audit)
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_texts_run_nothing_and_are_refused_quickly(kind):
+    """A model can write anything: none of it may be executed, take a second, raise, or be right."""
+    for text in HOSTILE[kind]:
+        AUDITED.append("begin")
+        start = time.process_time()
+        for gold in ("5", "x+1", r"\sqrt2", "1,2", "(1,2)", "x>5", "55"):
+            assert not answers_equal(text, gold) and not answers_equal(gold, text), (text[:60], gold)
+        parses(text)
+        extract_boxed(text)
+        student_reward(text, "5")
+        student_reward(rf"\boxed{{{text}}}", "5")
+        taken = time.process_time() - start
+        events = AUDITED[1:]
+        AUDITED.clear()
+        assert taken < 1 and not events, (text[:60], taken, events)
 
 
 @pytest.mark.parametrize("text, content", BOXES)
 def test_extract_boxed(text, content):
+    """The last complete box that is not blank; a scan for the last opening finds the unclosed one."""
     assert extract_boxed(text) == content
 
 
 def test_boxes_take_linear_time():
-    start = time.perf_counter()
-    assert extract_boxed(r"\boxed{" * 20_000) is None                 # scanning on from each opening is quadratic
+    """Scanning on from each opening is quadratic: a degenerate completion would hang the run."""
+    start = time.process_time()
+    assert extract_boxed(r"\boxed{" * 20_000) is None
     assert extract_boxed(r"\boxed{" * 20_000 + "5" + "}" * 20_000) == "5"
     assert student_reward(r"\boxed{" * 20_000 + "8" + "}" * 20_000, "5") == 10.0
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
 
 
 @pytest.mark.parametrize("completion, reward", REWARDS)
 def test_student_reward(completion, reward):
+    """The partial reward is for the last formulas and boxes only: a list of guesses must not pay."""
     assert student_reward(completion, "7") == reward
 
 
 def test_parses():
+    """What the teacher's answers must pass: mathematics throughout, and no words."""
     assert [text for text in PARSES if not parses(text)] == []
     assert [text for text in PARSES_NOT if parses(text)] == []
 
 
-def real_answers(count=600):
-    answers = set()
-    for name in ("math_test", "harp", "olympiadbench"):
-        answers |= {row["answer"] for row in real_rows(name)}
-    return random.Random(0).sample(sorted(answers), count)
+def test_the_steps_print_what_the_section_says():
+    """The page is taught from: its example must be what the three steps do."""
+    tokens = soar._tokens(soar._respell(r"\left( \dfrac12, 5\text{ cm} \right)"))
+    assert " ".join(tokens) == r'( \frac { 1 } { 2 } , 5 "cm )'
+    trees = soar._read(tokens)
+    assert trees == [("()", (r"\frac", "1", "2"), ('"cm', "5"))]
+    assert ("(0.5; 5.0)", set()) in soar._spellings(trees)
 
 
-def test_real_answers_equal_themselves_in_other_dress():
-    for answer in real_answers():
-        for other in (answer, f" ${answer}$ ", answer.replace(r"\frac", r"\dfrac"), rf"\({answer}\)"):
-            assert answers_equal(other, answer) and answers_equal(answer, other), (other, answer)
+def test_a_student_can_add_a_rule(monkeypatch):
+    """The exercise: 0.1(6) is read as a product until one line is added beside that of \\overline."""
+    def verdicts():
+        soar._readings.cache_clear()
+        return [answers_equal("0.1(6)", other) for other in (r"\frac16", "0.1666666666666667", "0.6")]
+    assert verdicts() == [False, False, True]
+    rule = re.compile(r"(\d*)\.(\d*)\((\d+)\)"), soar._repeating  # 0.1(6) -> {0.10+6/90}
+    monkeypatch.setattr(soar, "_RULES", [rule, *soar._RULES])
+    assert verdicts() == [True, True, False]
+    assert [pair for pair in PAIRS if answers_equal(*pair[1:]) != pair[0]] == []
+    soar._readings.cache_clear()
 
 
-def test_neighbours_symmetric_and_mostly_unequal():
-    answers = sorted(real_answers())
-    verdicts = [(answers_equal(a, b), answers_equal(b, a)) for a, b in zip(answers, answers[1:])]
-    assert all(first == second for first, second in verdicts)
-    assert sum(first for first, _ in verdicts) < 30                   # sorted neighbours: some are respellings
+def test_verdicts_depend_on_the_two_texts_alone():
+    """Not on earlier calls, the precision that others set, or how deep the caller's stack is."""
+    def deeper(levels):
+        return verdicts() if levels == 0 else deeper(levels - 1)
 
-
-def test_verdicts_do_not_depend_on_earlier_calls():
-    pairs = [*EQUAL, *UNEQUAL]
-    first = [answers_equal(*pair) for pair in pairs]
-    for cached in (soar._normalise, answers_equal):
-        cached.cache_clear()
-    assert first[::-1] == [answers_equal(*pair) for pair in reversed(pairs)]
+    def verdicts():
+        soar._readings.cache_clear()
+        return [answers_equal(*pair[1:]) for pair in pairs]
+    deep = ["(" * 95 + "5" + ")" * 95, "-" * 190 + "5", "√" * 190 + "1", "x " * 190, "1/" * 95 + "1"]
+    pairs = PAIRS[::3] + [(True, text, text + " + 0") for text in deep]
+    first = verdicts()
+    assert first[-len(deep):] == [True] * len(deep)
+    with mpmath.workdps(3):
+        assert verdicts() == first
+    assert deeper(300) == first
+    pairs.reverse()
+    assert verdicts() == first[::-1]
 
 
 def test_arbitrary_text_never_raises():
+    """An exception in a reward ends a night's run."""
     rng = random.Random(0)
-    pieces = [chr(c) for c in range(32, 127)] + list("π∞−×⟦¶∪²٣é")
-    pieces += r"\frac{ \sqrt{ ^{ } \pm \sin \log_ \left( \text{ \\".split()
+    pieces = [chr(c) for c in range(32, 127)] + list("π∞−×⟦⟨¶∪²٣é½°±")
+    pieces += r"\frac{ \sqrt{ ^{ } \pm \sin \log_ \left( \text{ \\ \le \overline{ \boxed{".split()
+    pieces += [r"\begin{pmatrix}", r"\end{pmatrix}"]
     texts = ["".join(rng.choices(pieces, k=rng.randint(1, 25))) for _ in range(1500)]
     for left, right in zip(texts, texts[1:]):
-        assert answers_equal(left, left)
-        assert answers_equal(left, right) in (True, False) and parses(left) in (True, False)
+        assert answers_equal(left, left + " ") or not left.strip()
+        verdict = answers_equal(left, right)
+        assert verdict in (True, False) and verdict == answers_equal(right, left)
+        assert parses(left) in (True, False)
         assert student_reward(rf"\boxed{{{left}}}", right) in (0, 10, 20, 120)
+    for code in [*range(0x3100), *range(0x3100, 0x110000, 97)]:
+        if chr(code) not in "*\u00b7\u0387×∗⋅¹⑴﹡＊":  # products
+            assert answers_equal(f"5{chr(code)}6", "30") is False
 
 
-def test_speed_over_real_answers_and_worksheets():
-    """Typical: 40 microseconds for real answers, 30 for a worksheet; the bounds allow for a busy machine."""
-    answers, rng = real_answers(), random.Random(0)
-    sheets = ["a= %d ,b= %d ,c= %d" % tuple(rng.choices(range(100), k=3)) for _ in range(600)]
-    for texts, bound in ((answers, 0.002), (sheets, 0.0004)):
-        times = []
-        for left, right in zip(texts, texts[1:]):
-            start = time.perf_counter()
-            answers_equal(left, right)
-            times.append(time.perf_counter() - start)
-        assert sorted(times)[len(times) // 2] < bound
+def real_golds(name: str) -> list[str]:
+    return [row["answer"] for row in real_rows(name)]
+
+
+def real_answers(count: int) -> list[str]:
+    answers = real_golds("math_test") + real_golds("harp") + real_golds("olympiadbench")
+    return random.Random(0).sample(sorted(set(answers)), count)
+
+
+WORD = re.compile(r"(?<![a-zA-Z])(?!sin|cos|log)[a-zA-Z]{3,}|\b(by|to|no|is|th|Ps)\b")
+
+
+@pytest.mark.parametrize("name", ["math_test", "harp", "olympiadbench"])
+def test_real_golds_are_read(name):
+    """An unread gold is matched by its own spelling only; of those without English words 0.5 % may be."""
+    golds = real_golds(name)
+    unread = [gold for gold in golds if not parses(gold)]
+    bare = [gold for gold in unread if not WORD.search(re.sub(r"\\[a-zA-Z]+", " ", gold))]
+    assert len(bare) <= 0.005 * len(golds), bare
+
+
+def rewrites(answer: str):
+    """Other ways in which models write an answer."""
+    words = re.search("text|mbox|[a-z]{4} ", answer)
+    yield from (f"${answer}$", rf"\({answer}\)", f" {answer}.", rf"\displaystyle {answer}")
+    yield answer.replace(r"\dfrac", r"\frac")
+    yield answer.replace(r"\frac", r"\dfrac")
+    yield answer.replace(r"\frac", r"\tfrac")
+    yield re.sub(r"\\frac\{(\d)\}\{(\d)\}", r"\\frac\1\2", answer)
+    yield re.sub(r"(?<!\d)(?<!\d )\\d?frac\{(\w+)\}\{(\w+)\}", r"{(\1)/(\2)}", answer)
+    yield re.sub(r"\\sqrt\{(\d)\}", r"\\sqrt\1", answer.replace(r"\sqrt", r"\sqrt "))
+    yield re.sub(r"\\sqrt\{(\d+)\}", r"√{\1}", answer)
+    yield answer.replace(r"\pi", "π ").replace(r"\infty", "∞")
+    yield answer.replace(r"\cup", "∪").replace(r"\cdot", r"\times ")
+    yield re.sub(r"\^\{(\d)\}", r"^\1", re.sub(r"\^(\w)", r"^{\1}", answer))
+    if not words:
+        yield re.sub(r"\\sqrt\{(\w+)\}", r" sqrt(\1)", answer)
+        yield re.sub(r"\s*([+=<>]|(?<=[\w}) ])-)\s*", r" \1 ", answer)
+        yield answer.replace("-", "−")
+    if not re.search(r"\\left|\\[bB]ig|\\sqrt\[|\\\\", answer):
+        yield re.sub(r"(?<!\\)([(\[])", r"\\left\1", re.sub(r"(?<!\\)([)\]])", r"\\right\1", answer))
+    if answer.endswith(r"^\circ"):
+        for unit in (r"^{\circ}", "°", " degrees", r"\text{ degrees}", ""):
+            yield answer[:-6] + unit
+    if re.fullmatch(r"\d+\\%", answer):
+        for unit in ("%", " percent", r"\text{ percent}", r" \%", ""):
+            yield answer[:-2] + unit
+    if re.fullmatch(r"-?\d+", answer):
+        yield from (answer + ".0", f"x={answer}", answer + r"\text{ units}", answer + " cm")
+        yield rf"\frac{{{2 * int(answer)}}}{{2}}"
+        for comma in (",", r",\!", "{,}", r"\,", " "):
+            yield f"{int(answer):,}".replace(",", comma)
+    if found := re.fullmatch(r"(-?)\\d?frac\{(\d+)\}\{([1-9]\d*)\}", answer):
+        sign, p, q = found[1], int(found[2]), int(found[3])
+        yield from (f"{sign}{p}/{q}", rf"\frac{{{sign}{p}}}{{{q}}}")
+        yield rf"{sign}\frac{{{3 * p}}}{{{3 * q}}}"
+        if p > q and p % q:
+            yield from (rf"{sign}{p // q}\frac{{{p % q}}}{{{q}}}", f"{sign}{p // q} {p % q}/{q}")
+        if 10**6 % q == 0:
+            yield sign + f"{p / q:.6f}".rstrip("0").rstrip(".")
+    if not words and not re.search(r"[()\[\]{}\\]|\d,\d{3}|[a-z], *[a-z]", answer) and "," in answer:
+        items = answer.split(",")
+        yield from (", ".join(items[::-1]), " and ".join(items), ";".join(items))
+        yield r"\{" + answer + r"\}"
+    if not re.search(r"[^-+\d^*/{}()a-z\\ ]|\\(?!frac|sqrt|pi)|\d\s*\\frac|\d \d|[a-z]{4} ", answer):
+        yield from (f"({answer})", rf"1\cdot({answer})", f"2({answer})-({answer})")
+
+
+def near_misses(answer: str):
+    """Wrong answers that look like it."""
+    words = r"\\(text|mbox|hspace)\{[^{}]*\}(\^\{?\d\}?)?"
+    plain = re.sub(words, lambda found: "#" * len(found[0]), answer)
+    for digit in list(re.finditer(r"\d", plain))[:3]:
+        yield answer[:digit.start()] + str((int(digit[0]) + 1) % 10) + answer[digit.end():]
+    if re.fullmatch(r"[\d./]*[1-9]|\\d?frac\{\d+\}\{\d+\}|\d*\\sqrt\{\d+\}|\d*\\pi", answer):
+        yield from ("-" + answer, answer + "+1", answer + "i", f"2({answer})")
+    if found := re.fullmatch(r"\(([^()\[\]]*,[^()\[\]]*)\)", answer):
+        items = [item.strip() for item in found[1].split(",")]
+        if items[0] != items[1]:
+            yield "(" + ",".join([items[1], items[0], *items[2:]]) + ")"
+        yield from (f"[{found[1]}]", f"[{found[1]})", f"({found[1]},0)")
+        yield "(" + ",".join(items[:-1]) + ")"
+    if re.fullmatch(r"-?\d+(, ?-?\d{1,2})+", answer):
+        yield from (answer + ",7777", answer[answer.index(",") + 1:], f"({answer})")
+
+
+def test_real_answers_equal_their_rewrites_and_not_their_near_misses():
+    """Symmetric, and neither too strict nor too loose on what the data sets really contain."""
+    wrong = []
+    for answer in real_answers(1000):
+        for kind, others in ((True, rewrites(answer)), (False, near_misses(answer))):
+            for other in dict.fromkeys(others):
+                verdicts = answers_equal(other, answer), answers_equal(answer, other)
+                if verdicts != (kind, kind):
+                    wrong.append((answer, other, verdicts))
+    assert not wrong
+
+
+def test_neighbours_are_symmetric_and_mostly_unequal():
+    """A verdict that depends on which of the two is the gold one is wrong once."""
+    answers = sorted(real_answers(1500))
+    verdicts = [(answers_equal(a, b), answers_equal(b, a)) for a, b in zip(answers, answers[1:])]
+    assert all(first == second for first, second in verdicts)
+    assert sum(first for first, _ in verdicts) < 90  # sorted neighbours: some are respellings
+
+
+def seconds_without_cache(pairs: list[tuple[str, str]]) -> list[float]:
+    times = []
+    for left, right in pairs:
+        soar._readings.cache_clear()
+        start = time.process_time()
+        answers_equal(left, right)
+        times.append(time.process_time() - start)
+    return sorted(times)
+
+
+def test_speed_without_the_cache():
+    """A step grades hundreds. Typical: median 0.2 ms, 95 of 100 under 1 ms; the bounds are loose."""
+    rng = random.Random(0)
+    texts = rng.sample([text for _, row in ROWS for text in row], 600)
+    sheets = [soar.worksheet(rng.choices(range(100), k=5)) for _ in range(600)]
+    for texts in (texts, sheets):
+        times = seconds_without_cache(list(zip(texts, texts[1:])))
+        assert times[len(times) // 2] < 0.002 and times[len(times) * 95 // 100] < 0.015
+
+
+def test_speed_of_a_step_by_the_cache(monkeypatch):
+    """The gold answer meets a whole group, whose predictions repeat: each text is read once."""
+    calls = []
+    respell = soar._respell
+    monkeypatch.setattr(soar, "_respell", lambda text: calls.append(text) or respell(text))
+    soar._readings.cache_clear()
+    group = [rf"so it is \boxed{{a= {n % 4} ,b= {n % 3} }}" for n in range(240)]
+    rewards = [student_reward(completion, "a= 1 ,b= 2") for completion in group]
+    assert rewards.count(RIGHT) == 20 and len(calls) == 12  # 4 * 3 texts, and one is the gold answer
 
 
 # ======================================================================================================================

@@ -2209,11 +2209,12 @@ _BOUNDS = {                    # what a relation makes of the line (-inf; +inf)
 }
 _NO_LABEL = re.compile(r"""['"]([-+^!.\d]|[ie]'|\\\\(pi|infty))""")
 
-def _labelled(tree: Tree) -> tuple[str, str]:
-    r"""A label and the spelling of the rest: x=5 is x and 5.0, 3<x is x and (3.0; +inf).
+def _is_label(tree: Tree) -> bool:
+    r"""Anything without numbers, sums and powers: x, (x, y), V_1:V_2, |AB|, \sin A; and e as in d=4, e=5."""
+    return tree in ("e", "i") or not _NO_LABEL.search(str([tree]))
 
-    A label is anything without numbers, sums and powers: x, (x, y), V_1:V_2, |AB|, \sin A.
-    """
+def _labelled(tree: Tree) -> tuple[str, str]:
+    r"""A label and the spelling of the rest: x=5 is x and 5.0, 3<x is x and (3.0; +inf)."""
     if tree[0] not in _RELATIONS:
         return "", _spell(tree)
     sign, name, value = tree
@@ -2221,10 +2222,10 @@ def _labelled(tree: Tree) -> tuple[str, str]:
     if name[0] in _RELATIONS:                                # 0<x<1 is (0<x)<1
         before = _labelled(name)[1]
         name = name[2]
-    elif _NO_LABEL.search(str([name])):
+    elif not _is_label(name):
         sign, name, value = _FLIPPED[sign], value, name
     old, new = _BOUNDS[sign]
-    if _NO_LABEL.search(str([name])) or old not in before:
+    if not _is_label(name) or old not in before:
         raise ValueError("no value for a name")
     label = re.sub("[(),' ]+", " ", str(name))
     return label.strip(), before.replace(old, new.replace("#", _spell(value)))
@@ -2695,9 +2696,13 @@ def show_step(policy: Policy, state: State, config: Config) -> None:
                  f"{promoted['accuracy']:.1%} greedy on the hard train set.\n"
                  "          Its problems join the promotion questions. From now on rewards are gains over this better student.")
     if row["step"] % 5 == 0:
+        problem = Problem(question["question"], question["answer"])
         restore(policy.model, state.baseline)
-        attempt = solve(policy, [Problem(question["question"], question["answer"])], 1, config)[0][0].text
-        for speaker, text in (("teacher:", question["question"]), ("answer:", question["answer"]), ("student:", attempt)):
+        rollouts, rewards = solve(policy, [problem], 1, config)
+        verdict = "right" if rewards[0] == RIGHT else "wrong"
+        said = (("teacher:", problem.question), ("answer:", problem.answer),
+                ("student:", f"{rollouts[0].text.strip()}   ({verdict} by this answer)"))
+        for speaker, text in said:
             line += f"\n    {speaker:9}" + text.strip().replace("\n", "\n             ")
     tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()
@@ -2714,6 +2719,37 @@ def measure(policy: Policy, problems: list[Problem], config: Config) -> dict:
     right = right_counts(policy, problems, n, config, seeded(config.seed, "report"))
     return {"greedy": greedy_right(policy, problems, config).mean().item()} | {
         f"pass@{k}": float(np.mean([pass_at_k(n, c, k) for c in right])) for k in KS if k <= n}
+
+def bars(values: list[float], low: float, high: float, letters: str) -> str:
+    """A curve in one line: each value becomes one of the letters, from the lowest to the highest.
+
+    >>> bars([0.0, 0.5, 1.0, 2.0], 0.0, 1.0, "_-^")
+    '_-^^'
+    """
+    places = [round((value - low) / (high - low) * (len(letters) - 1)) for value in values]
+    return "".join(letters[min(max(place, 0), len(letters) - 1)] for place in places)
+
+def can_print(text: str) -> bool:
+    """Whether the console has these letters."""
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+def print_curves(log: list[dict]) -> None:
+    """What happened, step by step: the teacher's reward and, in the tiny world, its share of products."""
+    letters = "▁▂▃▄▅▆▇█"
+    if not can_print(letters):
+        letters = "_.-=+*%#"
+    rewards = [row["reward"] for row in log]
+    low, high = min(0.0, *rewards), max(0.01, *rewards)
+    marks = "".join("^" if row["promotion"] else " " for row in log)
+    print(f"\nreward    {bars(rewards, low, high, letters)}   from {low:+.2f} to {high:+.2f}, one letter a step")
+    print(f"          {marks}   ^ promotion")
+    if "topics" in log[0]:
+        shares = [row["topics"]["products"] for row in log]
+        print(f"products  {bars(shares, 0.0, 1.0, letters)}   from 0 to 100 % of the teacher's problems")
 
 def print_table(title: str, rows: dict[str, dict[str, float]]) -> None:
     print(f"\n{title}\n{'':18}" + "".join(f"{column:>12}" for column in next(iter(rows.values()))))
@@ -2739,10 +2775,26 @@ def report(policy: Policy, hard_train: list[Problem], hard_test: list[Problem], 
             accepted, _ = propose(policy, 400, config, seeded(config.seed, "report topics"))
             topics[name] = topic_shares([problem for _, problem in accepted])
         print_table("The teacher's problems:", topics)
+        before, after = (topics[name]["products"] for name in topics)
+        print("\nOnly products teach the student something: sums it knows, ambiguous problems have no right answer. The teacher was\n"
+              f"told nothing but the rewards, and went from {before:.0%} to {after:.0%} products.")
+    print_curves(state.log)
     write_json(Path(config.out) / "report.json", {
         "students": students, "topics": topics, "promotions": state.promotions, "hard_set": hard_set_key(hard_train, hard_test)})
-    print(f"\n{state.promotions} promotion(s), {len(state.promotion_questions)} promotion questions; see {config.out}/"
-          + "\nNo student was promoted, so the student is still the base model." * (not state.promotions))
+    print(f"\n{state.promotions} promotion(s), {len(state.promotion_questions)} promotion questions; see {config.out}/")
+    if not state.promotions:
+        print("No student was promoted, so the student is still the base model.")
+    print_next_commands(config)
+
+def print_next_commands(config: Config) -> None:
+    """What to type next: it compares this run with what it must be compared with."""
+    commands = [f"python eval.py {shlex.quote(config.out)}"]
+    if config.dataset == "tiny" and config.reward == "grounded" and config.promotion:
+        other = f"{config.out}-learnability"
+        seeds = f"--seed {config.seed} --data-seed {config.data_seed}"
+        commands = [f"python soar.py {seeds} --reward learnability --out {shlex.quote(other)}",
+                    f"python eval.py {shlex.quote(config.out)} {shlex.quote(other)}"]
+    print("\nNext, to see what else trains a student, and how well:\n  " + "\n  ".join(commands))
 
 def prepare(config: Config, meter: Meter) -> tuple[Policy, list[Problem]]:
     """The policy and the pool of problems. Raises UserError."""

@@ -1112,6 +1112,22 @@ def test_parses():
     assert [text for text in PARSES_NOT if parses(text)] == []
 
 
+def test_worksheets_of_any_length():
+    """The label of the fifth item, e=, read as Euler's number: a seventh of what the teacher wrote was thrown away, and
+    hard problems were graded by their spelling."""
+    world, rng = soar.make_world(0), random.Random(0)
+    for _ in range(300):
+        sheet, answer = soar.textbook_exercise(world, rng)
+        items = [item.strip() for item in answer.split(",")]
+        assert parses(answer) and len(items) == sheet.count("=")
+        assert answers_equal(" , ".join(reversed(items)), answer) and answers_equal(answer.replace(" ", ""), answer)
+        label, number = items[-1].split("=")
+        assert not answers_equal(",".join([*items[:-1], f"{label}={int(number) + 1}"]), answer)
+        assert len(items) == 1 or not answers_equal(",".join(items[:-1]), answer)
+    assert answers_equal("d=4, e=5", "e=5, d=4") and answers_equal("e=5", "5") and not answers_equal("e=5", "e")
+    assert answers_equal("z=i", "i") and not answers_equal("e^2=5", "5")
+
+
 def test_the_steps_print_what_the_section_says():
     """The page is taught from: its example must be what the three steps do."""
     tokens = soar._tokens(soar._respell(r"\left( \dfrac12, 5\text{ cm} \right)"))

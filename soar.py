@@ -21,15 +21,15 @@ What to type (times and memory: README.md):
     python soar.py --dataset math --preset long      more of everything on the same GPU
     python soar.py --dataset math --preset paper     Table 3 of the paper; weeks on an 80 GB GPU
     python soar.py --dataset FILE.jsonl --model DIR  your problems (fields problem and answer), your model
-    torchrun --nproc_per_node=8 -- soar.py ...       the same on 8 GPUs, which share the students, the samples and the update
+    torchrun --nproc_per_node=8 -- soar.py ...       the same on 8 GPUs, which share the students
     python soar.py --help                            every knob, its default and where the default comes from
 
 Simplified from the paper: one live model a process, in which teacher and students take turns; one update a batch, so exactly
 on-policy, with no importance ratio and no clipping of it.
 
-Contents: 1 Config, 3 Problems, 4 The tiny world, 5 Policy, 6 Sampler, 7 The hard set, 8 Optimizer, 9 RLOO, 10 The tiny
-world's base model, 11 Inner loop, 12 Teacher, 13 Reward and promotion, 2 Verifier, 14 The run folder, 15 Outer loop, 16 Main.
-Read from the top; in a hurry, read 9, 11, 12, 13 and 15, which are SOAR. The others are what makes it run.
+Contents: 1 Config, 2 Problems, 3 The tiny world, 4 Policy, 5 Sampler, 6 The hard set, 7 Optimizer, 8 RLOO, 9 The tiny
+world's base model, 10 Inner loop, 11 Teacher, 12 Reward and promotion, 13 Verifier, 14 The run folder, 15 Outer loop,
+16 Many processes, 17 Main. In a hurry, read 8, 10, 11, 12 and 15, which are SOAR. The others are what makes it run.
 """
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class UserError(Exception):
     """Something the user can mend: main() prints its one sentence and exits with code 2."""
 
 
-# ======== 1. Config: which knobs are there, and what did the paper set them to? =======================================
+# ======== 1. Config: which knobs are there, and what did the paper set them to? ===================
 
 @dataclass
 class Config:
@@ -246,7 +246,7 @@ def seeded(*key, device="cpu") -> torch.Generator:
     return torch.Generator(device).manual_seed(int(fingerprint(*key), 16) >> 1)
 
 
-# ======== 3. Problems: where do the real ones come from? ==============================================================
+# ======== 2. Problems: where do the real ones come from? ==========================================
 
 # From a JSONL file, from the Hugging Face hub, or, for HARP, from its authors' repository. Two
 # things would spoil a run in silence. A problem that stands in a set twice can get into both halves
@@ -526,7 +526,7 @@ def load_problems(dataset: str, cache: str = Config.cache) -> list[Problem]:
     return list(pool.values())
 
 
-# ======== 4. The tiny world: what is the smallest world in which all this happens? ====================================
+# ======== 3. The tiny world: what is the smallest world in which all this happens? ================
 
 # A language model has read two kinds of text. Forum posts, where people solve worksheets and share the same misconceptions:
 # "everybody knows" that 7*8 is 54. Textbooks, where exercises come with answer keys that are mostly right. So the model solves
@@ -626,7 +626,7 @@ def topic_shares(problems: list[Problem]) -> dict[str, float]:
     return {topic: counts[topic] / len(problems) for topic in (*TOPICS, "other")}
 
 
-# ======== 5. Policy: what is it that plays the teacher and the students? ==============================================
+# ======== 4. Policy: what is it that plays the teacher and the students? ==========================
 # One letter a dimension, from here to the end: B sequences, G completions of one prompt (an RLOO group), T tokens,
 # D hidden size, V vocabulary.
 
@@ -941,7 +941,7 @@ def own_logprobs(model, rollout: Rollout, temperature: float):
     return (logits / temperature).log_softmax(-1).gather(-1, ids[0, len(rollout.prompt):, None])[:, 0]
 
 
-# ======== 6. Sampler: how are completions drawn, fast, and from exactly the policy that is trained? ===================
+# ======== 5. Sampler: how are completions drawn, from exactly the policy that is trained? =========
 
 def attention(module, query, key, value, attention_mask, scaling: float | None = None, **more):
     """transformers' "sdpa" attention without its copies: query [B, H, T, D] -> ([B, T, H, D], _).
@@ -1193,7 +1193,7 @@ def greedy_right(policy: Policy, problems: list[Problem], config: Config):
     return (solve(policy, problems, 1, config)[1] == RIGHT).double()
 
 
-# ======== 7. The hard set: which problems does the base model never solve? ============================================
+# ======== 6. The hard set: which problems does the base model never solve? ========================
 
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Chance that k of n samples, c of them right, contain a right one: 1 - C(n-c, k) / C(n, k), as a product.
@@ -1297,7 +1297,7 @@ def split_hard(problems: list[Problem], config: Config) -> tuple[list[Problem], 
     return [problems[i] for i in order[:len(order) // 2]], [problems[i] for i in order[len(order) // 2:]]
 
 
-# ======== 8. Optimizer: how do steps of 1e-5 reach bfloat16 weights? ==================================================
+# ======== 7. Optimizer: how do steps of 1e-5 reach bfloat16 weights? ==============================
 # AdamW, all weights, float32 moments. bfloat16 has 8 significant bits: near 0.02 its values are 1e-4 apart, so a step of
 # 1e-5 is rounded away five times of six, and SOAR measures the effect of ten such steps. Stochastic rounding moves
 # the weight by a whole spacing with probability 1e-5 / 1e-4: right on average, at no extra memory (12 bytes a weight in all;
@@ -1367,7 +1367,7 @@ def learning_rate(peak: float, step: int, total: int, warmup: int) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
 
 
-# ======== 9. RLOO: which way do rewards push the weights? =============================================================
+# ======== 8. RLOO: which way do rewards push the weights? =========================================
 
 def rloo_advantages(rewards, group_size: int):
     """REINFORCE leave-one-out: A_i = r_i - mean of the other rewards of its group; [B] -> [B], groups are consecutive.
@@ -1478,7 +1478,7 @@ def policy_update(policy: Policy, rollouts: list[Rollout], advantages, state: di
     return {"grad_norm": norm, "kl": kl, "sampler_gap": gap}
 
 
-# ======== 10. The tiny world's base model: where does a model with latent knowledge come from? ========================
+# ======== 9. The tiny world's base model: where does a model with latent knowledge come from? =====
 
 VOCABULARY = ["<pad>", "<eos>", "<unk>", "User:", "Assistant:", "Teacher:", "<question>", "</question>", "<answer>",
               "</answer>", "\\boxed{", "}", *LABELS, *map(str, range(100)),
@@ -1545,7 +1545,7 @@ def tiny_base_model(config: Config) -> str:
     return str(folder)
 
 
-# ======== 11. Inner loop: what does a student do with a dataset? ======================================================
+# ======== 10. Inner loop: what does a student do with a dataset? ==================================
 
 def epochs(dataset: list[Problem], steps: int, batch: int, generator) -> list[list[Problem]]:
     """`steps` batches: the dataset over and over, each time in a new order; a batch may span two epochs."""
@@ -1599,7 +1599,7 @@ def train_student(policy: Policy, batches: list[list[Problem]], config: Config, 
     return log
 
 
-# ======== 12. Teacher: how does a problem get accepted, and why is throwing the others away no bias? ==================
+# ======== 11. Teacher: how does a problem get accepted, and why is rejecting others no bias? ======
 
 def parse_problem(text: str) -> Problem | None:
     """The problem in a teacher's completion, or None where there is none that can be used.
@@ -1632,7 +1632,7 @@ def propose(policy: Policy, count: int, config: Config, generator) -> tuple[list
     """Sample the live model as the teacher until `count` problems are accepted -> (accepted, figures). UserError if hopeless.
 
     Proposition 1: this rejection needs no correction. Sampling from pi_0 until the result is in the accepted set S draws from
-    pi = pi_0 / pi_0(S) on S, so  ln pi = ln pi_0 - ln pi_0(S),  and the update of section 9, which uses ln pi_0, lacks the
+    pi = pi_0 / pi_0(S) on S, so  ln pi = ln pi_0 - ln pi_0(S),  and the update of section 8, which uses ln pi_0, lacks the
     gradient of  ln pi_0(S).  That gradient is the same for every sample, so it is multiplied by the SUM of the advantages, and
     RLOO's advantages sum to zero in each group. (Plain REINFORCE, whose weights do not, would need the correction.)
     """
@@ -1651,7 +1651,7 @@ def propose(policy: Policy, count: int, config: Config, generator) -> tuple[list
                       "length": float(np.mean([len(r.completion) for r, _ in accepted]))}
 
 
-# ======== 13. Reward and promotion: what is the teacher paid for, and when does the student keep what it learnt? ======
+# ======== 12. Reward and promotion: what is the teacher paid for, and when does a student stay? ===
 
 @dataclass
 class State:
@@ -1757,7 +1757,7 @@ def success_rates(policy: Policy, baseline: list, config: Config, dataset: list[
     return (rewards == RIGHT).double().view(len(dataset), LEARNABILITY_SAMPLES).mean(-1)
 
 
-# ======== 2. Verifier: when is an answer right? ===================================================
+# ======== 13. Verifier: when is an answer right? ==================================================
 
 # Every reward and every number of a report is a verdict of this section. It is long because people
 # write one answer in many ways, and it stands here because SOAR can be read without it. A model
@@ -2329,7 +2329,7 @@ def answers_equal(prediction: str, gold: str) -> bool:
     return False
 
 
-# ======== 14. The run folder: how does a run survive being killed? ====================================================
+# ======== 14. The run folder: how does a run survive being killed? ================================
 # The state is written after each outer step, and holds all that the next one needs. A run that is killed in between repeats
 # the step from the last checkpoint and, all randomness being a function of (seed, step), writes the same files again.
 
@@ -2408,7 +2408,7 @@ def save_model(model, tokenizer, folder: Path) -> None:
         temporary.rename(folder)
 
 
-# ======== 15. Outer loop: how do the parts make Algorithm 1? ==========================================================
+# ======== 15. Outer loop: how do the parts make Algorithm 1? ======================================
 
 def promote(policy: Policy, champion: tuple, datasets, hard_train: list[Problem], state: State, config: Config) -> dict:
     """Algorithm 1, step 3: the champion becomes the baseline, its dataset joins D_best; the best one so far is kept on disk."""
@@ -2468,7 +2468,7 @@ def outer_step(policy: Policy, hard_train: list[Problem], state: State, config: 
     return state.log[-1]
 
 
-# ======== 16. Many processes: how are all cores, or all GPUs, put to work? ============================================
+# ======== 16. Many processes: how are all cores, or all GPUs, put to work? ========================
 
 # Process 0 runs the program. The others have a model of their own and wait for jobs: students, parts of the filter,
 # students of eval.py, which are long and do not need each other. What is short process 0 does alone: so there is one
@@ -2620,7 +2620,7 @@ def free_memory() -> float:
     return 4e9
 
 
-# ======== 17. Main: what does a person see? ===========================================================================
+# ======== 17. Main: what does a person see? =======================================================
 
 def check_context(policy: Policy, pool: list[Problem], config: Config) -> None:
     """Raises UserError when a prompt and its completion may not fit into the model's context."""

@@ -18,6 +18,7 @@ import contextlib
 import importlib.util
 import json
 import math
+import os
 import random
 import re
 import sys
@@ -115,6 +116,9 @@ def parse_settings(argv: list[str]) -> tuple[list[str], list[str], Settings]:
             (min(s.seeds, s.steps, s.points, s.warmup, s.synthetic_steps) < 0,
              "--seeds, --steps, --points, --warmup and --synthetic-steps must be at least 0"),
             (s.samples < max(KS), f"pass@{max(KS)} needs at least {max(KS)} samples a problem; --samples is {s.samples}"),
+            (min(s.processes, s.threads, s.sample_tokens, s.micro_tokens) < 0,
+             "--processes, --threads, --sample-tokens and --micro-tokens must be at least 0"),
+            (s.threads > 4 * os.cpu_count(), "--threads is more than four for each core"),
             (s.mix not in ("auto", "curriculum", "mixed"), "--mix must be one of auto, curriculum, mixed"),
             (unknown, f"--methods {unknown} does not exist; choose from {', '.join(METHODS)}, or all"),
             (s.plot and not importlib.util.find_spec("matplotlib"), "--plot needs matplotlib: pip install matplotlib")):
@@ -206,7 +210,7 @@ class Run:
     train: list[Problem]  # the halves of the hard set
     test: list[Problem]  # no student sees this one
     log: list[dict]  # a row an outer step
-    report: str  # text of report.json: another one if the run was made again
+    report: dict  # report.json: another one if the run was made again
     promotion_questions: list[Problem]  # D_best
 
 def kind_of(config: Config) -> str:
@@ -216,7 +220,18 @@ def kind_of(config: Config) -> str:
 def read_rows(path: Path) -> list[dict]:
     """The rows of log.jsonl or questions.jsonl. Raises UserError."""
     with soar.whole(path, "put a copy back, or make the run again"):
-        return [row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()) if row["step"] >= 0]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        needed = {"step", "promotion" if path.name == "log.jsonl" else "question"}
+        assert rows and all(needed <= row.keys() for row in rows)
+    return rows
+
+def read_report(folder: Path) -> dict:
+    """report.json of a run. Raises UserError."""
+    path = folder / "report.json"
+    with soar.whole(path, "if another version of soar.py has made it, make the run again"):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        assert {"hard_set", "steps", "promotions", "promotion_questions", "weights"} <= report.keys()
+    return report
 
 def read_config(folder: Path, settings: Settings) -> Config:
     """The run's flags, with this machine's in their place. Raises UserError where there is no finished run."""
@@ -226,9 +241,7 @@ def read_config(folder: Path, settings: Settings) -> Config:
         raise UserError(f"the run in {folder} is not finished: continue it with soar.py --resume and its flags")
     names = ("device", "threads", "sample_tokens", "micro_tokens")
     machine = {name: getattr(settings, name) for name in names if getattr(settings, name)}
-    machine["processes"] = settings.processes
-    with soar.whole(folder / "config.json", "or it is of another version of soar.py: make the run again"):
-        return Config(**json.loads((folder / "config.json").read_text(encoding="utf-8")) | machine)
+    return replace(soar.saved_config(folder), **machine, processes=settings.processes)
 
 def student_rollouts(run: Run) -> int:
     """Completions that all students of the run sampled: training, and greedy measurements on the reward questions."""
@@ -249,16 +262,22 @@ def open_run(folder: Path, config: Config, settings: Settings) -> Run:
         pool = [problem for problem in other if soar.same_wording(problem.question) not in known]
         left_out = f"; {len(other) - len(pool)} problems of its own pool left out"  # MATH's test split and HARP share 123
         soar.check_context(policy, pool, config)
+        if not pool:
+            raise UserError(f"all problems of --dataset {settings.dataset} are known from the run in {folder}")
+    report = read_report(folder)
     train, test = soar.split_hard(soar.hard_problems(policy, pool, config), config)
-    report = (folder / "report.json").read_text(encoding="utf-8")
-    with soar.whole(folder / "report.json", "or it is of another version of soar.py: make the run again"):
-        hard_set = json.loads(report)["hard_set"]
-    if not left_out and hard_set != soar.hard_set_key(train, test):
+    if not left_out and report["hard_set"] != soar.hard_set_key(train, test):
         raise UserError(f"the hard problems are no longer those of the run in {folder}: the file of problems, the prompt or the "
                         "model has changed, or --device is of another kind; what SOAR trained on might be among the tests")
     promoted = folder / "promotion_questions.jsonl"
     questions = soar.read_jsonl(str(promoted)) if promoted.exists() else []
-    run = Run(folder, config, policy, train, test, read_rows(folder / "log.jsonl"), report, questions)
+    log = read_rows(folder / "log.jsonl")
+    promotions = sum(bool(row["promotion"]) for row in log)
+    found = {"steps": len(log), "promotions": promotions, "promotion_questions": len(questions)}
+    if any(report[name] != count for name, count in found.items()):
+        raise UserError(f"the files in {folder} do not belong together ({found} beside report.json); put copies back, or "
+                        "make the run again")
+    run = Run(folder, config, policy, train, test, log, report, questions)
     print(f"{folder}: {kind_of(config)}, {len(train)} hard train and {len(test)} hard test problems{left_out}; "
           f"its students sampled {student_rollouts(run):,} completions", flush=True)
     return run
@@ -269,11 +288,18 @@ def weights_folder(run: Run, name: str) -> str:
         return str((run.folder / name).resolve())  # a whole path, so that it is never taken for a hub id
     return ""
 
+def saved_weights(folder: str, config: Config, key: str) -> list[torch.Tensor]:
+    """What the run has saved in its folder "teacher" or "student". Raises UserError if it is something else by now."""
+    weights = soar.snapshot(soar.load_model(folder, config)[0])
+    if soar.weights_key(weights) != key:
+        raise UserError(f"{folder} is not what the run has saved there; put a copy back, or make the run again")
+    return weights
+
 def load_weights(run: Run, name: str) -> None:
     """The live model becomes the "teacher", the "student" or the "base" model. Raises UserError."""
     soar.restore(run.policy.model, run.policy.base)
     if folder := weights_folder(run, name):
-        soar.restore(run.policy.model, soar.snapshot(soar.load_model(folder, run.config)[0]))
+        soar.restore(run.policy.model, saved_weights(folder, run.config, run.report["weights"][name]))
 
 def remembered_path(run: Run, name: str, depends_on: tuple) -> Path:
     """In the run folder's eval/, under a name made of all that the result depends on."""
@@ -290,6 +316,17 @@ def remembered(run: Run, name: str, depends_on: tuple, work):
 
 # ======== 4. Students: what does each train on, and how good does it get? =============================================
 
+def curated_problems(run: Run, settings: Settings) -> list[Problem]:
+    """The problems of --curated without those of the test set. Raises UserError."""
+    tests = {soar.same_wording(problem.question) for problem in run.test}
+    given = soar.read_jsonl(settings.curated)
+    kept = [problem for problem in given if soar.same_wording(problem.question) not in tests]
+    if len(kept) < len(given):
+        print(f"{settings.curated}: {len(given) - len(kept)} of {len(given)} problems are test problems and are left out")
+    if not kept:
+        raise UserError(f"{settings.curated} holds nothing but test problems")
+    return kept
+
 def synthetic_problems(run: Run, method: str, seed: int, settings: Settings) -> list[Problem]:
     """What a method's student trains on beside the hard train set: [] for most. Raises UserError."""
     if method == "pq":
@@ -297,7 +334,7 @@ def synthetic_problems(run: Run, method: str, seed: int, settings: Settings) -> 
     if method in ("pq-well-posed", "pq-correct"):
         return [problem for problem in run.promotion_questions if judge(problem)[method == "pq-correct"]]
     if method == "upper" and settings.curated:
-        return soar.read_jsonl(settings.curated)
+        return curated_problems(run, settings)
     if method == "upper":  # all single products of the tiny world
         return [Problem(f"a= {x}*{y}", f"a= {x * y}") for x in range(4, 10) for y in range(4, 10)]
     if method not in ("grounded-t", "no-promotion", "intrinsic-t", "base-t"):
@@ -359,6 +396,7 @@ class Order:
     """A student that is to be made and measured; its result is kept at `path`."""
     path: Path
     weights: str  # a folder to start from, or "" for the base model
+    weights_key: str  # fingerprint of what must be in it
     batches: list  # what it trains on; [] for nothing
     config: Config
     key: tuple  # names it; all its luck is a function of this
@@ -379,7 +417,8 @@ def order(run: Run, method: str, seed: int, settings: Settings) -> Order:
     path = remembered_path(run, f"{method}-{seed}", (flags, run.train, run.test, batches))
     measuring = len(run.test) * settings.samples
     cost = len(batches) * config.batch * config.group + (settings.points if batches else 1) * measuring
-    return Order(path, weights, batches, config, key, cost)
+    weights_key = run.report["weights"][as_it_is] if weights else ""
+    return Order(path, weights, weights_key, batches, config, key, cost)
 
 def make_students(run: Run, methods: list[str], settings: Settings) -> dict[str, list[dict]]:
     """{method: its students, measured (see section 2)}. What is not remembered is made now, by all processes."""
@@ -397,7 +436,9 @@ def make_students(run: Run, methods: list[str], settings: Settings) -> dict[str,
     students = {method: [] for method in methods}
     for (method, _), one in orders.items():
         with soar.whole(one.path, "delete it, and this student is made again"):
-            students[method].append(json.loads(one.path.read_text(encoding="utf-8")))
+            student = json.loads(one.path.read_text(encoding="utf-8"))
+            assert student.keys() == {"points", "reward", "rollouts"}
+            students[method].append(student)
     return students
 
 def make_student(policy: Policy, test: list[Problem], settings: Settings, one: Order) -> dict:
@@ -408,7 +449,7 @@ def make_student(policy: Policy, test: list[Problem], settings: Settings, one: O
     model, path, count = policy.model, one.path.with_suffix(".pt"), 1 + len(policy.workers)
     soar.restore(model, policy.base)
     if one.weights:
-        soar.restore(model, soar.snapshot(soar.load_model(one.weights, one.config)[0]))
+        soar.restore(model, saved_weights(one.weights, one.config, one.weights_key))
     steps, completions = len(one.batches), one.config.batch * one.config.group
     moments, result = None, {"points": [], "reward": [], "rollouts": steps * completions}
     if path.exists():
@@ -768,6 +809,23 @@ def benchmark(flags: Benchmark) -> None:
 
 # ======== 8. Main: in which order does it happen? =====================================================================
 
+def check_comparable(folders: list[Path], configs: list[Config]) -> None:
+    """A mean over runs is one of the same thing, made independently. Raises UserError."""
+    seen = {}
+    for folder, config in zip(folders, configs):
+        made_by = replace(config, **{name: getattr(Config, name) for name in soar.RESUMABLE})
+        if made_by in seen.values():
+            twin = next(name for name, other in seen.items() if other == made_by)
+            raise UserError(f"{folder} is the same run as {twin}, flag by flag; give each run once")
+        seen[folder] = made_by
+    alike = {folder: replace(config, seed=0, data_seed=0, reward="grounded", promotion=True, steps=0)
+             for folder, config in seen.items()}
+    for folder, config in alike.items():
+        other = [soar.flag(name) for name, value in vars(config).items() if value != getattr(alike[folders[0]], name)]
+        if other:
+            raise UserError(f"{folder} and {folders[0]} were made with different flags ({', '.join(other)}), so their mean says "
+                            "nothing; evaluate them one after the other")
+
 def evaluate(folders: list[Path], methods: list[str], settings: Settings) -> None:
     """Everything, from the run folders to eval.json. Raises UserError, for what does not fit together at once."""
     configs = [read_config(folder, settings) for folder in folders]
@@ -779,6 +837,13 @@ def evaluate(folders: list[Path], methods: list[str], settings: Settings) -> Non
         raise UserError(f"--dataset {dataset} does not fit runs of {configs[0].dataset}: the tiny model knows nothing else")
     if "upper" in methods and not settings.curated and own != {"tiny"}:
         raise UserError("--methods upper needs curated problems: --curated FILE.jsonl")
+    if settings.curated:
+        soar.read_jsonl(settings.curated)  # so that a mistake in it shows now
+    check_comparable(folders, configs)
+    if own != {"tiny"} and settings.methods != "all" and {"pq-well-posed", "pq-correct"} & set(methods):
+        raise UserError("whether a problem is well-posed or correct is known in the tiny world only; leave these methods out")
+    if own != {"tiny"}:
+        methods = [method for method in methods if method not in ("pq-well-posed", "pq-correct")]
     needs = lambda method: METHODS[method][1]
     if not methods:
         main = MAIN["tiny" if own == {"tiny"} else "real"].split(",")
@@ -801,6 +866,9 @@ def evaluate(folders: list[Path], methods: list[str], settings: Settings) -> Non
                     if needs(method) == kind_of(config) or needs(method) == "any" and hard_set not in seen]
             for method, row in make_students(run, mine, settings).items():
                 students.setdefault(method, []).append(row)
+                if method in ("ps", "pq") and not run.promotion_questions:
+                    print(f"{folder}: nobody was promoted, so here {method} is "
+                          + ("the base model" if method == "ps" else "a student without promotion questions"))
                 if about := about_problems(run, method, settings):
                     questions.setdefault(method, []).append(about)
             seen.add(hard_set)
@@ -844,12 +912,16 @@ def main(argv: list[str] | None = None) -> int:
         if "--benchmark" in argv:
             parser = argparse.ArgumentParser(usage="python eval.py --benchmark [flags]", allow_abbrev=False)
             flags = Benchmark(**soar.parse_flags(parser, Benchmark, argv))
+            if min(flags.prompts, flags.samples, flags.tokens, flags.repeats, flags.threads, flags.micro_tokens) < 1:
+                raise UserError("all numbers of the benchmark must be at least 1")
             soar.quiet_libraries()
             return benchmark(flags)
         runs, methods, settings = parse_settings(argv)
         soar.quiet_libraries()
         folders = list(map(Path, runs))
         with contextlib.ExitStack() as claims:  # two evaluations of one run would mix their files
+            for folder in folders:
+                read_config(folder, settings)  # no lock in a folder that is no run
             for folder in sorted({Path(folder).resolve() for folder in [*folders, settings.out or folders[0]]}):
                 claims.enter_context(soar.claim(folder))
             evaluate(folders, methods, settings)

@@ -227,6 +227,12 @@ def parse_config(argv: list[str]) -> Config:
         least = LEAST.get(name, 0)
         if isinstance(value, (int, float)) and not least <= value < math.inf:  # so NaN is refused, too
             raise UserError(f"{flag(name)} must be a finite number" + f", at least {least}" * (least >= 0))
+    if config.threads > 4 * os.cpu_count():
+        raise UserError(f"--threads {config.threads} is more than four for each of the {os.cpu_count()} cores")
+    if not config.dataset:
+        raise UserError("--dataset needs a name: tiny, math, harp, olympiad or a FILE.jsonl")
+    if config.dataset == "tiny" and not 2 <= config.pool <= 100_000:
+        raise UserError("--pool must be from 2 to 100000 in the tiny world, whose problems never end")
     if config.reward not in ("grounded", "learnability"):
         raise UserError("--reward must be one of grounded, learnability")
     if (config.dataset == "tiny") != (config.model == "tiny"):
@@ -274,9 +280,9 @@ def gold_answer(text: str) -> str:
 
 # -- Repetitions. A question is cut into tokens: commands, numbers, single characters. Tokens that
 # are only layout go, others have one spelling. All that can carry meaning stays: the space between
-# numbers (1 2 is not 12), signs, commas, braces around more than one thing, figures. So problems
-# that differ in more than their dress are never taken for one. The price: a repetition with
-# another word or comma is overlooked.
+# numbers (1 2 is not 12), signs, commas, braces around more than one thing, figures. (Only the
+# case of letters goes everywhere: between x and X in one formula this cannot tell.) The price: a
+# repetition with another word or comma is overlooked.
 
 _LAYOUT = {"\\ ", "\\\n"} | set(r"""
     $ ~ \, \! \; \: \( \) \[ \] \left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr
@@ -797,7 +803,7 @@ def load_model(path: str, config: Config, trained: bool = True) -> tuple:
     kind = AutoModelForCausalLM if trained else AutoModel
     device = choose_device(config)
     try:
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # or it would ask, and wait
         model, found = kind.from_pretrained(
             path, dtype=choose_dtype(device), output_loading_info=True, trust_remote_code=False)
@@ -1210,7 +1216,7 @@ def writing(path: Path):
         yield
     except Exception as error:  # torch and safetensors have their own kinds for a full disk
         raise UserError(f"cannot write {path} ({first_line(error)}); free some space or mend the folder, then give the same "
-                        "command with --resume: all complete steps are saved") from None
+                        "command again (soar.py: with --resume), and it goes on from what is saved") from None
 
 def write_whole(path: Path, write) -> None:
     """write(path), all or nothing: a run that is killed while writing leaves the old file. Raises UserError.
@@ -1265,7 +1271,9 @@ def hard_problems(policy: Policy, pool: list[Problem], config: Config) -> list[P
     path, done, hard = Path(config.cache) / f"hard-{key}.json", 0, []
     if path.exists():
         with whole(path, "delete it and the filter starts again"):
-            done, hard = json.loads(path.read_text(encoding="utf-8")).values()
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            done, hard = kept["done"], kept["hard"]
+            assert hard == sorted(set(hard)) and all(0 <= i < min(done, len(pool)) for i in hard)
     starts = range(done, len(pool), 32)
     policy.meter.expect(len(starts), "the filter")
     parts = share(policy, filter_part, (config,), [(pool[first:first + 32], first) for first in starts])
@@ -1525,10 +1533,13 @@ def tiny_base_model(config: Config) -> str:
     recipe = fingerprint(config.data_seed, FORUM_TOPICS, FORUM_RIGHT, KEY_RIGHT, CHAPTERS, VOCABULARY, PRETRAIN, *source)
     folder = Path(config.cache) / f"tiny-base-{recipe}"  # other constants or other code: another model
     if folder.exists():
+        if not {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in folder.iterdir()}:
+            raise UserError(f"{folder} is damaged; delete it, and the model is trained again")
         return str(folder)
     building = Path(f"{folder}.{os.getpid()}.tmp")  # renamed when complete, so a killed run leaves no half model behind
-    building.mkdir(parents=True, exist_ok=True)  # a process that had this number before may have been killed here
-    tokenizer = tiny_tokenizer(building)
+    with writing(folder):
+        building.mkdir(parents=True, exist_ok=True)  # a process that had this number before may have been killed here
+        tokenizer = tiny_tokenizer(building)
     with torch.random.fork_rng(devices=[]):  # of the CPU only: by default it touches every GPU
         torch.manual_seed(int(fingerprint(config.data_seed, "initial weights"), 16) >> 1)
         model = LlamaForCausalLM(LlamaConfig(
@@ -1663,6 +1674,7 @@ class State:
     step: int = 0
     promotions: int = 0
     best_accuracy: float = -1.0  # of the promoted students, greedy, on the whole hard train set
+    student_key: str = ""  # fingerprint of the one that is saved
     history: list[float] = field(default_factory=list)  # mean reward of each step since the last promotion
     log: list[dict] = field(default_factory=list)  # these three are the lines of the .jsonl files; a row an outer step
     questions: list[dict] = field(default_factory=list)  # every problem of the teacher
@@ -2362,27 +2374,45 @@ def claim(folder: Path):
             print(f"(no locks on this file system: nothing else must write into {folder})", flush=True)
         yield
 
+def check_writable(path: Path, name: str) -> None:
+    """Makes a folder where there is none. Raises UserError where nothing can be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UserError(f"cannot write into the folder {path} ({error.strerror}); choose another {name}") from None
+
+def saved_config(folder: Path) -> Config:
+    """The flags that a run was made with. Raises UserError when they are damaged or not those of this soar.py."""
+    path = folder / "config.json"
+    with whole(path, "if another version of soar.py has made it, make the run again, or choose another folder"):
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        assert {name: type(value) for name, value in saved.items()} == {
+            name: type(value) for name, value in vars(Config()).items()}
+    return Config(**saved)
+
 def check_folder(config: Config) -> None:
     """Raises UserError when --out holds something that this command must not touch or cannot continue."""
     folder = Path(config.out)
-    for name, path in (("--out", folder), ("--cache", Path(config.cache))):
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=path).close()
-        except OSError as error:
-            raise UserError(f"cannot write into the folder {path} ({error.strerror}); choose another {name}") from None
-    if all(file.name == LOCK for file in folder.iterdir()):
-        return
-    if not (folder / "config.json").is_file():
+    check_writable(folder, "--out")
+    begun = [file for file in folder.iterdir() if file.name != LOCK]
+    if begun and not (folder / "config.json").is_file():
         raise UserError(f"{folder} exists and is not a run of soar.py; choose another --out")
+    check_writable(Path(config.cache), "--cache")
+    if not begun:
+        if config.resume:
+            print(f"{folder} holds no run yet: this one begins at its beginning")
+        return
     if not config.resume:
         raise UserError(f"{folder} already holds a run; add --resume to continue it, or choose another --out or --seed")
-    with whole(folder / "config.json", "choose another --out"):
-        old = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    other = [f"{flag(name)} {old.get(name)}" for name, value in vars(config).items()
-             if name not in RESUMABLE and old.get(name) != value]
+    old = vars(saved_config(folder))
+    other = [f"{flag(name)} {old[name]}" for name, value in vars(config).items()
+             if name not in RESUMABLE and old[name] != value]
     if other:
         raise UserError(f"{folder} was made with other flags ({', '.join(other)}); give the same ones, or choose another --out")
+    log = folder / "log.jsonl"  # written just before the checkpoint, so after the first step it can stand alone
+    if not (folder / "checkpoint.pt").exists() and log.exists() and log.read_bytes().count(b"\n") > 1:
+        raise UserError(f"{folder} has lost its checkpoint.pt; put a copy back, or start again with another --out")
 
 def save_checkpoint(folder: Path, state: State) -> None:
     """There is always one whole checkpoint; the .jsonl files are written anew from it."""
@@ -2396,6 +2426,8 @@ def load_checkpoint(folder: Path) -> State | None:
     path = folder / "checkpoint.pt"
     if path.exists():
         with whole(path, "put a copy back, or start again with another --out"):
+            with zipfile.ZipFile(path) as parts:  # the format of torch.save, whose checksums torch.load does not read
+                assert parts.testzip() is None
             return State(**torch.load(path, weights_only=True))
 
 def save_model(model, tokenizer, folder: Path) -> None:
@@ -2419,6 +2451,7 @@ def promote(policy: Policy, champion: tuple, datasets, hard_train: list[Problem]
     accuracy = greedy_right(policy, hard_train, config).mean().item()
     if accuracy > state.best_accuracy:
         state.best_accuracy = accuracy
+        state.student_key = weights_key(state.baseline)
         save_model(policy.model, policy.tokenizer, Path(config.out) / "student")
     return {"dataset": k, "student": j, "accuracy": accuracy}
 
@@ -2475,7 +2508,8 @@ def outer_step(policy: Policy, hard_train: list[Problem], state: State, config: 
 # teacher, one baseline and one log. A job is a function of its arguments, never of the jobs before it; so any number of
 # processes comes to the same numbers, to the last bit where the hardware computes the same twice.
 
-TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # RANK alone may be left over from another program
+# Some of these variables may be left over from another program.
+TORCHRUN = {"TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
 RANK = int(os.environ["RANK"]) if TORCHRUN else 0
 
 def share(policy: Policy, task, common: tuple, jobs: list[tuple], costs: list[float] | None = None):
@@ -2668,6 +2702,8 @@ def print_plan(pool: list[Problem], policy: Policy, config: Config) -> None:
                      does not train; 0 where s is 0"""
     if config.reward == "learnability" or not config.promotion:
         promotion = "nobody is promoted in this run"
+    elif config.steps < config.window:
+        promotion = "nobody can be promoted in so few steps"
     where = f"{str(policy.model.dtype).removeprefix('torch.')} on {policy.model.device}"
     if config.device == "auto" and (reason := missing_gpu()):
         where += f" (no GPU: {reason})"
@@ -2780,7 +2816,9 @@ def report(policy: Policy, hard_train: list[Problem], hard_test: list[Problem], 
               f"told nothing but the rewards, and went from {before:.0%} to {after:.0%} products.")
     print_curves(state.log)
     write_json(Path(config.out) / "report.json", {
-        "students": students, "topics": topics, "promotions": state.promotions, "hard_set": hard_set_key(hard_train, hard_test)})
+        "students": students, "topics": topics, "steps": len(state.log), "promotions": state.promotions,
+        "promotion_questions": len(state.promotion_questions), "hard_set": hard_set_key(hard_train, hard_test),
+        "weights": {"teacher": weights_key(state.teacher), "student": state.student_key}})
     print(f"\n{state.promotions} promotion(s), {len(state.promotion_questions)} promotion questions; see {config.out}/")
     if not state.promotions:
         print("No student was promoted, so the student is still the base model.")
@@ -2799,6 +2837,9 @@ def print_next_commands(config: Config) -> None:
 def prepare(config: Config, meter: Meter) -> tuple[Policy, list[Problem]]:
     """The policy and the pool of problems. Raises UserError."""
     choose_device(config)  # it may refuse, before anything is loaded
+    for path in (config.teacher_prompt, config.student_prompt):
+        if path:
+            read_text(path, "it should hold a prompt in UTF-8")
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.dataset == "tiny":
@@ -2911,6 +2952,9 @@ def guarded(program: str, work, meter: Meter, again: list[str]) -> int:
         return 0
     except UserError as error:
         sentence = error
+    except BrokenPipeError:  # as in `soar.py | head`
+        sys.stdout = open(os.devnull, "w")
+        sentence = f"nobody reads what it prints any more, so it has stopped; go on with: {again}"
     except KeyboardInterrupt:
         code, sentence = 130, f"interrupted; all complete steps are saved, continue with: {again}"
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:

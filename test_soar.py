@@ -207,7 +207,8 @@ def test_every_field_has_help(capsys):
     (["--group", "1"], "--group"), (["--temperature", "0"], "--temperature"), (["--student-lr", "nan"], "--student-lr"),
     (["--kl", "-1"], "--kl"), (["--reward", "vibes"], "--reward"),
     (["--dataset", "math", "--model", "tiny"], "tiny"), (["--model", "some/model"], "tiny"),
-    (["--tau", "nan"], "--tau"), (["--kl", "nan"], "--kl"), (["--clip", "inf"], "--clip")])
+    (["--pool", "0"], "--pool"), (["--pool", "1000000000"], "--pool"), (["--threads", "1000000"], "--threads"),
+    (["--dataset", "", "--model", "x"], "--dataset"), (["--tau", "nan"], "--tau"), (["--kl", "nan"], "--kl"), (["--clip", "inf"], "--clip")])
 def test_bad_values(argv, word):
     """Values that cannot work must be refused before hours of sampling. NaN passes every comparison with a bound."""
     with pytest.raises(UserError, match=word):
@@ -3248,7 +3249,7 @@ def test_one_folder_one_evaluation(finished, tmp_path, capsys):
         capsys.readouterr()
         assert eval_.main([str(run), "--methods", "base", "--out", str(tmp_path / "table")]) == 2
         assert "another process" in capsys.readouterr().err
-    assert eval_.main([str(run), str(run), "--methods", "base"]) == 0  # its own lock is none
+    assert eval_.main([str(run), "--methods", "base", "--out", str(run)]) == 0  # its own lock is none
 
 
 def test_two_runs_share_a_cache(tmp_path):
@@ -3327,6 +3328,53 @@ def test_disk_full_in_mid_run(owner, name, fail, toy, finished, tmp_path, capsys
     monkeypatch.undo()
     assert soar.main([*toy, "--out", str(out), "--resume"]) == 0
     assert outcome(out) == outcome(finished)
+
+
+def test_flipped_bit_in_the_checkpoint(toy, finished, tmp_path, capsys):
+    """torch.load reads a damaged weight as another number, and the run goes on from it."""
+    run = copy_of(finished, tmp_path / "run")
+    data = bytearray((run / "checkpoint.pt").read_bytes())
+    weight = json.loads(json.dumps(list(torch.load(run / "checkpoint.pt")["teacher"][0][5][:4].numpy().tobytes())))
+    place = data.find(bytes(weight))
+    assert place > 0
+    data[place + 1] ^= 64
+    (run / "checkpoint.pt").write_bytes(data)
+    torch.load(run / "checkpoint.pt")  # which notices nothing
+    refused(capsys, [*toy, "--out", str(run), "--resume"], "checkpoint.pt", "damaged")
+
+
+def test_lost_checkpoint(toy, finished, tmp_path, capsys):
+    """A run without its checkpoint began anew without a word, and wrote over its log."""
+    run = copy_of(finished, tmp_path / "run")
+    (run / "checkpoint.pt").unlink()
+    before = contents(run)
+    refused(capsys, [*toy, "--out", str(run), "--resume"], "checkpoint.pt")
+    assert contents(run) == before
+    folder = tmp_path / "new"
+    assert soar.main([*toy, "--out", str(folder), "--resume", "--steps", "1"]) == 0
+    assert "begins at its beginning" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", [
+    '{"done": 32, "hard": [0, 0, 1, 1]}', '{"done": 32, "hard": [99]}', '{"hard": [1, 0], "done": 32}', "[]", '{"done": 2}'])
+def test_filter_cache_that_cannot_be(text, policy, tmp_path):
+    """The same problem twice, one that is not there: it could be in train and in test."""
+    pool, config = single_products(soar.make_world(0))[:4], small_config(k=1, cache=str(tmp_path))
+    soar.hard_problems(policy, pool, config)
+    (path,) = tmp_path.iterdir()
+    path.write_text(text)
+    with pytest.raises(UserError, match="damaged"):
+        soar.hard_problems(policy, pool, config)
+
+
+def test_nobody_reads_the_output(toy, tmp_path):
+    """`soar.py | head` ended in a traceback."""
+    argv = [sys.executable, str(ROOT / "soar.py"), *toy, "--out", str(tmp_path / "run")]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        error = process.stderr.read()
+    assert process.returncode == 2 and "--resume" in error and error.count("\n") == 1, error
 
 
 def test_disk_too_small(toy, tmp_path, capsys, monkeypatch):
@@ -4319,7 +4367,7 @@ def test_an_interrupted_student_holds_its_moments_once(tiny_runs, tmp_path, monk
     torch.save({"weights": run.policy.base, "moments": moments, "result": result}, path)
     monkeypatch.setattr(soar, "adamw_state", None)
     batches = soar.epochs(run.train, 2, run.config.batch, soar.seeded("order"))
-    order = eval_.Order(path.with_suffix(".json"), "", batches, run.config, ("key",), 0)
+    order = eval_.Order(path.with_suffix(".json"), "", "", batches, run.config, ("key",), 0)
     result = eval_.make_student(run.policy, run.test, settings, order)
     assert len(result["points"]) == 3
 
@@ -4383,6 +4431,11 @@ def test_bad_input_to_eval(tiny_runs, finished, tmp_path, capsys, monkeypatch):
     refused_eval([run, "--seeds", "-1"], "--seeds")
     refused_eval([run, "--dataset", "math"], "math", "tiny")
     refused_eval([run, finished], "data sets")
+    refused_eval([run, "--threads", "-1"], "--threads")
+    refused_eval([run, "--curated", tmp_path / "no.jsonl"], "no.jsonl")
+    refused_eval([tmp_path], "no run folder")
+    assert not (tmp_path / soar.LOCK).exists()  # no lock where there is no run
+    refused_eval(["--benchmark", "--prompts", "0"], "at least 1")
     refused_eval([copy_of(finished, tmp_path / "real"), *TOY_EVAL, "--methods", "upper"], "--curated")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     refused_eval([run, "--plot"], "matplotlib", "pip install")
@@ -4399,6 +4452,55 @@ def test_bad_input_to_eval(tiny_runs, finished, tmp_path, capsys, monkeypatch):
     (run / "report.json").write_text("{}")
     (run / "config.json").write_text("{")
     refused_eval([run], "config.json", "damaged")
+
+
+def damaged_runs() -> dict:
+    """name -> what is done to a run folder, whose files then contradict each other."""
+    def drop(name, keep):
+        return lambda run: (run / name).write_text("".join((run / name).read_text().splitlines(True)[:keep]))
+
+    def edit(name, **changes):
+        return lambda run: (run / name).write_text(json.dumps(json.loads((run / name).read_text()) | changes))
+
+    return {
+        "questions gone": lambda run: (run / "promotion_questions.jsonl").unlink(),
+        "questions cut": drop("promotion_questions.jsonl", 3), "log cut": drop("log.jsonl", 1), "log empty": drop("log.jsonl", 0),
+        "the teacher as student": lambda run: shutil.copy(run / "teacher" / "model.safetensors", run / "student"),
+        "a flag is missing": lambda run: (run / "config.json").write_text(json.dumps(
+            {k: v for k, v in json.loads((run / "config.json").read_text()).items() if k != "student_lr"})),
+        "a flag of another type": edit("config.json", batch="16"), "no flags": lambda run: (run / "config.json").write_text("[]"),
+        "a report in bytes": lambda run: (run / "report.json").write_bytes(b"\xff\xfe"),
+    }
+
+
+@pytest.mark.parametrize("name", damaged_runs())
+def test_files_that_contradict_each_other(name, tiny_runs, tmp_path, capsys):
+    """A promoted student that was the base model, PQ without questions: another method under the name of one."""
+    run = copy_of(tiny_runs["grounded"], tmp_path / "run")
+    damaged_runs()[name](run)
+    assert eval_.main([str(run), *TOY_EVAL, "--methods", "ps,pq", "--seeds", "1"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("eval: ") and error.count("\n") == 1, error
+
+
+def test_runs_that_cannot_be_averaged(tiny_runs, tmp_path, capsys):
+    """The same run twice makes every spread smaller; runs with different flags make a mean of nothing."""
+    one, two, other = (copy_of(tiny_runs["grounded"], tmp_path / name) for name in ("one", "two", "other"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"seed": 7, "tau": 0.5}))
+    for runs, words in (([one, one], "same run"), ([one, two], "same run"), ([one, other], "--tau")):
+        assert eval_.main([*map(str, runs), *TOY_EVAL, "--methods", "base"]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_curated_problems_are_no_test_problems(finished, tmp_path, capsys):
+    """--curated with the test problems in it: students were tested on what they had trained on."""
+    run, file = copy_of(finished, tmp_path / "run"), tmp_path / "curated.jsonl"
+    opened = eval_.open_run(run, eval_.read_config(run, eval_.Settings()), eval_.Settings())
+    rows = [vars(problem) | {"question": problem.question.replace("a=", "A=  ")} for problem in opened.test]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows + [{"question": "2+2", "answer": "4"}]))
+    kept = eval_.curated_problems(opened, eval_.Settings(curated=str(file)))
+    assert kept == [Problem("2+2", "4")] and f"{len(rows)} of {len(rows) + 1}" in capsys.readouterr().out
 
 
 def test_plot(tiny_runs, tmp_path):

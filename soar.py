@@ -879,6 +879,10 @@ def load_policy(path: str, config: Config, meter: Meter) -> Policy:
     without_dropout(model)
     # Of the hub's generation settings only the ids are kept. Others (top_p, a temperature for greedy decoding)
     # would be saved with the promoted student, where transformers can refuse them.
+    words, rows = len(tokenizer.get_vocab()), model.get_input_embeddings().weight.shape[0]
+    if words < rows / 2:  # where its files are missing, some versions of transformers make an empty one
+        raise UserError(f"the tokenizer of {path} has {words} tokens and the model {rows}: they do not belong together, "
+                        "or the tokenizer's files are missing; get the model again from where it was published")
     ids, ends = model.generation_config, end_ids(model, tokenizer, config.chat)
     model.generation_config = GenerationConfig(
         bos_token_id=ids.bos_token_id, pad_token_id=ids.pad_token_id, eos_token_id=ends)

@@ -683,17 +683,22 @@ class Meter:
         self.seconds[self.phase] += now - self.since
         self.phase, self.since = phase, now  # after an error main() reads here what was going on
 
-    def expect(self, pieces: int, what: str) -> None:
+    def expect(self, pieces: int, what: str, together: int = 1) -> None:
+        """`pieces` are to be done, so many of them at the same time."""
         self.pieces, self.what, self.done, self.begun = pieces, what, 0, time.perf_counter()
+        self.together, self.announced = together, False
 
     def left(self) -> float:
         """Seconds that the rest of the announced work takes at the speed so far."""
         return (time.perf_counter() - self.begun) / max(1, self.done) * max(0, self.pieces - self.done)
 
     def advance(self, pieces: int = 1) -> None:
-        """Counts finished pieces; after the first one, work of more than a minute is announced."""
-        first, self.done = self.done == 0, self.done + pieces
-        if first and self.left() > 60:
+        """Counts finished pieces; after the first ones, work of more than a minute is announced."""
+        self.done += pieces
+        if self.announced or self.done < self.together:
+            return
+        self.announced = True
+        if self.left() > 60:
             tqdm.write(f"({self.what}: about {about(self.left())} at this speed)", file=sys.stdout)
             sys.stdout.flush()
 
@@ -1279,7 +1284,7 @@ def hard_problems(policy: Policy, pool: list[Problem], config: Config) -> list[P
             done, hard = kept["done"], kept["hard"]
             assert hard == sorted(set(hard)) and all(0 <= i < min(done, len(pool)) for i in hard)
     starts = range(done, len(pool), 32)
-    policy.meter.expect(len(starts), "the filter")
+    policy.meter.expect(len(starts), "the filter", 1 + len(policy.workers))
     parts = share(policy, filter_part, (config,), [(pool[first:first + 32], first) for first in starts])
     bar = tqdm(zip(starts, parts), total=len(starts), desc=f"fail@{config.k} filter", disable=None, leave=False)
     for first, unsolved in bar:
@@ -2709,7 +2714,7 @@ def print_plan(pool: list[Problem], policy: Policy, config: Config) -> None:
     elif config.steps < config.window:
         promotion = "nobody can be promoted in so few steps"
     where = f"{str(policy.model.dtype).removeprefix('torch.')} on {policy.model.device}"
-    if config.device == "auto" and (reason := missing_gpu()):
+    if config.dataset != "tiny" and config.device == "auto" and (reason := missing_gpu()):
         where += f" (no GPU: {reason})"
     print(f"""SOAR on {config.dataset}: {len(pool)} problems, model {config.model}, {where}, folder {config.out}
   filter      keep the problems that the model fails {config.k} times of {config.k}: at most {len(pool) * config.k:,} completions
@@ -2891,7 +2896,8 @@ def first_state(policy: Policy, hard_train: list[Problem], hard_test: list[Probl
 def outer_loop(policy: Policy, hard_train: list[Problem], state: State, config: Config) -> None:
     """The outer steps that are left, each with its checkpoint and its line on the screen."""
     meter, folder = policy.meter, Path(config.out)
-    meter.expect((config.steps - state.step) * students_a_step(config), "all outer steps")
+    students = (config.steps - state.step) * students_a_step(config)
+    meter.expect(students, "all outer steps", 1 + len(policy.workers))
     while state.step < config.steps:
         meter("other")
         meter.seconds.clear(), meter.tokens.clear()

@@ -3152,9 +3152,11 @@ def test_the_plan_says_why_there_is_no_gpu(error, policy, monkeypatch, capsys):
         raise error
 
     monkeypatch.setattr(torch.cuda, "init", init)
-    soar.print_plan([], policy, small_config())
+    soar.print_plan([], policy, small_config(dataset="problems.jsonl"))
     assert f"float32 on cpu (no GPU: {str(error).splitlines()[0]})" in capsys.readouterr().out
-    soar.print_plan([], policy, small_config(device="cpu"))
+    soar.print_plan([], policy, small_config())  # the tiny world wants none
+    assert "float32 on cpu," in capsys.readouterr().out
+    soar.print_plan([], policy, small_config(dataset="problems.jsonl", device="cpu"))
     assert "float32 on cpu," in capsys.readouterr().out
 
 
@@ -3422,6 +3424,11 @@ def test_time_left(monkeypatch, capsys):
     now[0] += 10
     meter.advance()
     assert capsys.readouterr().out == ""
+    meter.expect(8, "the students", together=4)  # four processes finish at the same time, and are counted one by one
+    now[0] += 60
+    for _ in range(4):
+        meter.advance()
+    assert capsys.readouterr().out == ""  # a minute is left: with one of them counted it would have been seven
 
 
 # ==================================================================================================

@@ -222,7 +222,7 @@ def read_rows(path: Path) -> list[dict]:
     with soar.whole(path, "put a copy back, or make the run again"):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         needed = {"step", "promotion" if path.name == "log.jsonl" else "question"}
-        assert rows and all(needed <= row.keys() for row in rows)
+        soar.demand(rows and all(needed <= row.keys() for row in rows))
     return rows
 
 def read_report(folder: Path) -> dict:
@@ -230,7 +230,7 @@ def read_report(folder: Path) -> dict:
     path = folder / "report.json"
     with soar.whole(path, "if another version of soar.py has made it, make the run again"):
         report = json.loads(path.read_text(encoding="utf-8"))
-        assert {"hard_set", "steps", "promotions", "promotion_questions", "weights"} <= report.keys()
+        soar.demand({"hard_set", "steps", "promotions", "promotion_questions", "weights"} <= report.keys())
     return report
 
 def read_config(folder: Path, settings: Settings) -> Config:
@@ -251,15 +251,19 @@ def student_rollouts(run: Run) -> int:
         promotions += bool(row["promotion"])
     return total
 
+def not_among(problems: list[Problem], others: list[Problem]) -> list[Problem]:
+    """The problems that the others do not hold, in whatever dress."""
+    known = {soar.same_wording(problem.question) for problem in others}
+    return [problem for problem in problems if soar.same_wording(problem.question) not in known]
+
 def open_run(folder: Path, config: Config, settings: Settings) -> Run:
     """Load the base model, filter (cached) and split the hard set. Raises UserError."""
     policy, pool = soar.prepare(config, Meter())
     left_out = ""
     if settings.dataset not in ("", config.dataset):  # transfer: without what SOAR has seen, in whatever dress
         config = replace(config, dataset=settings.dataset)
-        known = {soar.same_wording(problem.question) for problem in pool}
         other = soar.load_problems(config.dataset, config.cache)
-        pool = [problem for problem in other if soar.same_wording(problem.question) not in known]
+        pool = not_among(other, pool)
         left_out = f"; {len(other) - len(pool)} problems of its own pool left out"  # MATH's test split and HARP share 123
         soar.check_context(policy, pool, config)
         if not pool:
@@ -318,9 +322,8 @@ def remembered(run: Run, name: str, depends_on: tuple, work):
 
 def curated_problems(run: Run, settings: Settings) -> list[Problem]:
     """The problems of --curated without those of the test set. Raises UserError."""
-    tests = {soar.same_wording(problem.question) for problem in run.test}
     given = soar.read_jsonl(settings.curated)
-    kept = [problem for problem in given if soar.same_wording(problem.question) not in tests]
+    kept = not_among(given, run.test)
     if len(kept) < len(given):
         print(f"{settings.curated}: {len(given) - len(kept)} of {len(given)} problems are test problems and are left out")
     if not kept:
@@ -437,7 +440,7 @@ def make_students(run: Run, methods: list[str], settings: Settings) -> dict[str,
     for (method, _), one in orders.items():
         with soar.whole(one.path, "delete it, and this student is made again"):
             student = json.loads(one.path.read_text(encoding="utf-8"))
-            assert student.keys() == {"points", "reward", "rollouts"}
+            soar.demand(student.keys() == {"points", "reward", "rollouts"})
             students[method].append(student)
     return students
 

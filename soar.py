@@ -439,11 +439,7 @@ def harp_rows(cache: str) -> list[dict]:
     with urllib.request.urlopen(HARP_URL, timeout=60) as reply:
         archive = reply.read()
     rows = unzip_rows(archive, f"the download of {HARP_URL}", f"try again, or save it as {path}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Written under a name of its own, so that no run ever reads a part of it.
-    part = path.with_name(f"{path.name}.{os.getpid()}-{time.time_ns()}")
-    part.write_bytes(archive)
-    os.replace(part, path)
+    write_whole(path, lambda file: file.write_bytes(archive))
     return rows
 
 _ADVICE = (  # a pattern in an error's "Type: message", and what helps
@@ -471,10 +467,9 @@ def loading_failed(dataset: str, error: BaseException) -> UserError:
     while reason is not None and not advice_for(reason):
         reason = reason.__cause__ or reason.__context__
     reason = reason or error
-    first_line = str(reason).strip().split("\n")[0]
     advice = [advice_for(reason), "give a local file with --dataset FILE.jsonl"]
     return UserError(
-        f"cannot load {dataset} ({type(reason).__name__}: {first_line}); "
+        f"cannot load {dataset} ({first_line(reason)}); "
         + ", or ".join(filter(None, advice))
     )
 
@@ -1255,6 +1250,11 @@ def whole(path: Path, advice: str):
     except Exception:  # torch.load alone raises a dozen kinds
         raise UserError(f"{path} is damaged; {advice}") from None
 
+def demand(condition: bool) -> None:
+    """Within whole(): what a file of ours must fulfil. (An assert would vanish under python -O.)"""
+    if not condition:
+        raise ValueError
+
 def weights_key(weights) -> str:
     """A fingerprint of tensors."""
     return fingerprint([zlib.crc32(w.detach().cpu().contiguous().view(torch.uint8).numpy()) for w in weights])
@@ -1282,7 +1282,7 @@ def hard_problems(policy: Policy, pool: list[Problem], config: Config) -> list[P
         with whole(path, "delete it and the filter starts again"):
             kept = json.loads(path.read_text(encoding="utf-8"))
             done, hard = kept["done"], kept["hard"]
-            assert hard == sorted(set(hard)) and all(0 <= i < min(done, len(pool)) for i in hard)
+            demand(hard == sorted(set(hard)) and all(0 <= i < min(done, len(pool)) for i in hard))
     starts = range(done, len(pool), 32)
     policy.meter.expect(len(starts), "the filter", 1 + len(policy.workers))
     parts = share(policy, filter_part, (config,), [(pool[first:first + 32], first) for first in starts])
@@ -2396,8 +2396,8 @@ def saved_config(folder: Path) -> Config:
     path = folder / "config.json"
     with whole(path, "if another version of soar.py has made it, make the run again, or choose another folder"):
         saved = json.loads(path.read_text(encoding="utf-8"))
-        assert {name: type(value) for name, value in saved.items()} == {
-            name: type(value) for name, value in vars(Config()).items()}
+        kinds = {name: type(value) for name, value in vars(Config()).items()}
+        demand({name: type(value) for name, value in saved.items()} == kinds)
     return Config(**saved)
 
 def check_folder(config: Config) -> None:
@@ -2436,7 +2436,7 @@ def load_checkpoint(folder: Path) -> State | None:
     if path.exists():
         with whole(path, "put a copy back, or start again with another --out"):
             with zipfile.ZipFile(path) as parts:  # the format of torch.save, whose checksums torch.load does not read
-                assert parts.testzip() is None
+                demand(parts.testzip() is None)
             return State(**torch.load(path, weights_only=True))
 
 def save_model(model, tokenizer, folder: Path) -> None:

@@ -1,38 +1,62 @@
 #!/usr/bin/env python3
 """SOAR: a model that teaches itself, in one file.
 
-A language model is stuck on problems that it failed 128 times of 128: no success, no reward, no gradient. SOAR ("Teaching
-Models to Teach Themselves", arXiv 2601.18778) makes two copies of it. The teacher writes practice problems, the student
-trains on them, and the teacher is paid by how much better the student then does on the hard problems, which it never sees.
+A language model is stuck on problems that it failed 128 times of 128. Reinforcement learning needs
+some attempts that are better than others, and here all of them earn the same. SOAR ("Teaching
+Models to Teach Themselves", arXiv 2601.18778) makes two copies of the model. The teacher writes
+practice problems, the student trains on them, and the teacher is paid by how much better the
+student then does on the hard problems, which the teacher never sees.
 
-    theta, phi <- base model                                # student baseline, teacher
-    repeat T times:
-    1.  the teacher phi writes g datasets X_1..X_g of n problems with answers
-    2.  for each X_k, r times: a copy of theta takes a few RL steps on X_k;
-            R_kj = its greedy accuracy on M hard problems - the accuracy of theta on the same ones;   R_k = mean over j
-    3.  if the moving average of mean_k R_k exceeds tau:    # promotion
-            theta <- the median student of the best dataset;   D_best <- D_best + that dataset
-    4.  RLOO: phi is moved towards the datasets whose R_k is above that of the others
-    return D_best, theta
+    Algorithm 1                                                         the function that does it
+    theta, phi <- base model           # student baseline, teacher            first_state
+    repeat --steps times:                                                     outer_step
+    1.  phi writes K datasets X_1..X_K of n problems with answers             propose
+    2.  for each X_k, r times: a copy of theta trains on X_k, briefly;        train_student
+            R_kj = its greedy accuracy on M hard problems - that of theta,    grounded_rewards
+            R_k = mean of R_kj over j
+    3.  if the moving average of mean_k R_k is above tau:                     promotion_due
+            theta <- the median student of the best dataset X_k               promote
+            D_best <- D_best + X_k
+    4.  RLOO: phi moves towards the datasets that beat the others             teacher_update
+    return D_best and the best of all promoted students
+
+The student that is kept on disk and reported is the best promoted one: the one that answers the
+most of the hard train problems. It is mostly the last, but nothing makes it so.
+
+Notation, with the flag that sets it:
+    theta, phi    weights of the student baseline and of the teacher
+    K             datasets an outer step: --teacher-batch groups of --teacher-group (g) datasets
+    n             --n, problems in a dataset X_k
+    r             --repeats, students that train on each dataset; j counts them, k the datasets
+    M             --reward-questions, hard problems behind a reward; the set is called Q_R
+    tau           --tau, the moving average of the rewards that a promotion takes
+    B, G, T, D, V   sizes of tensors: sequences, completions of one prompt (--student-group),
+                  tokens, hidden units, vocabulary
+    fail@128      the problems that a model fails 128 times of 128; pass@k: the chance that at
+                  least one of k attempts is right
 
 What to type (times and memory: README.md):
-    python soar.py                                   all of it on a built-in tiny world, on a laptop, in minutes
+    python soar.py                                   all of it on a built-in tiny world, in minutes
     python soar.py --dataset math                    real problems; an afternoon on a 15-24 GB GPU
     python soar.py --dataset math --preset long      more of everything on the same GPU
     python soar.py --dataset math --preset paper     Table 3 of the paper; weeks on an 80 GB GPU
-    python soar.py --dataset FILE.jsonl --model DIR  your problems (fields problem and answer), your model
+    python soar.py --dataset FILE.jsonl --model DIR  your problems and answers, your model
     torchrun --nproc_per_node=8 -- soar.py ...       the same on 8 GPUs, which share the students
-    python soar.py --help                            every knob, its default and where the default comes from
+    python soar.py --help                            every flag, its default and its source
 
-Simplified from the paper: one live model a process, in which teacher and students take turns; one update a batch, so exactly
-on-policy, with no importance ratio and no clipping of it.
+What is simpler than in the paper: teacher and students take turns in ONE live model, which copies
+of the weights are put into; and there is one update a batch, so training is exactly on-policy,
+with no importance ratio and no clipping of it.
 
-Contents: 1 Config, 2 Problems, 3 The tiny world, 4 Policy, 5 Sampler, 6 The hard set, 7 Optimizer, 8 RLOO, 9 The tiny
-world's base model, 10 Inner loop, 11 Teacher, 12 Reward and promotion, 13 Verifier, 14 The run folder, 15 Outer loop,
-16 Many processes, 17 Main. In a hurry, read 8, 10, 11, 12 and 15, which are SOAR. The others are what makes it run.
+Part I is SOAR, and can be read alone, in an hour:
+    1 Config, 2 The outer loop, 3 The teacher, 4 The student, 5 The grounded reward,
+    6 RLOO and the policy update
+Part II is what it runs on, in any order:
+    7 Policy, 8 Sampler, 9 Optimizer, 10 The hard set, 11 The tiny world, 12 Problems, 13 Verifier,
+    14 The run folder, 15 Many processes, 16 Flags and main
 """
-from __future__ import annotations
 
+from __future__ import annotations
 import argparse
 import contextlib
 import copy
@@ -62,82 +86,123 @@ import urllib.request
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 from itertools import islice, pairwise
 from operator import add, mul
 from pathlib import Path
-
 import mpmath  # comes with sympy
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+
 
 class UserError(Exception):
     """Something the user can mend: main() prints its one sentence and exits with code 2."""
 
 
+# ======== Part I: SOAR ============================================================================
+
+# What Part I uses of Part II, so that it can be read alone:
+#     Policy                what plays teacher and students: .model (one live transformers model),
+#                           .base (the weights it began with), .reference (a frozen copy, for the
+#                           KL term), .teacher_prompt() and .student_prompt(problem) as token ids,
+#                           .meter(phase), a stopwatch
+#     Rollout               one sampled completion: .prompt and .completion (token ids), .text,
+#                           .logprob (as it was sampled), .truncated (it hit the token limit)
+#     snapshot, restore     copy all weights out of the live model, put a copy back
+#     seeded(*key)          a random generator that is a function of its key and of nothing else
+#     sample(...)           rollouts of some prompts: n of each, or the greedy one
+#     micro_batches         cuts rollouts into parts that fit into memory
+#     next_token_logits     hidden states -> logits
+#     adamw_state, adamw_step, moved_to     the optimizer: its moments, its step, their place
+#     answers_equal, parses, boxes, extract_boxed     the verifier: is it right, can it be read?
+#     share(...)            task(policy, *common, *job) for each job, in order, on all processes
+#     save_model, weights_key, topic_shares     for the books: files, names, the tiny world's topics
+
+
 # ======== 1. Config: which knobs are there, and what did the paper set them to? ===================
+
+# Every field is a flag, and the text beside it is its --help. The defaults are the paper's
+# (Table 3); where the paper is silent, the text says so. A preset replaces what a smaller machine
+# cannot do, and nothing else. The tiny preset belongs to a world that this script invents
+# (section 11): worksheets with products of one-digit numbers, a vocabulary of 200 words, and a
+# model of 93,000 weights that has learnt common misconceptions from forum posts and the right
+# answers from textbooks. There everything happens in minutes. `--teacher-group` and
+# `--student-group` are the two RLOO groups: the datasets, and the answers to one problem, that are
+# compared with each other.
+
+
+def option(default: object, text: str) -> object:
+    """A field of Config: its default, and what --help says about it."""
+    return field(default=default, metadata={"help": text})
+
 
 @dataclass
 class Config:
     # --- The run
-    dataset: str = "tiny"  # tiny, math, harp, olympiad, or a FILE.jsonl with problem/answer (or question/answer) fields
-    preset: str = "auto"  # tiny, class, long, paper or smoke (see above); auto: tiny or class
-    model: str = "unsloth/Llama-3.2-3B-Instruct"  # hub id or local folder (this one: the ungated copy of the paper's)
-    seed: int = 0  # every random choice of the run
-    data_seed: int = 0  # the tiny world, the fail@k samples and the train/test split: shared by runs that are compared
-    out: str = ""  # the run folder; empty: runs/DATASET-SEED
-    cache: str = "runs/cache"  # where the tiny world's base model and the filtered hard sets are kept
-    resume: bool = False  # continue the run in --out (give the same flags again)
-    processes: int = 0  # share the students among so many; 0: on CPUs as many as there are cores, on GPUs one
-    threads: int = 1  # torch's CPU threads in each process (two on a busy core can be slower than one); 0: as torch chooses
-    device: str = "auto"  # auto: cuda if there is one, else cpu
+    dataset: str = option("tiny", "tiny, math, harp, olympiad, or a FILE.jsonl (problem, answer)")
+    preset: str = option("auto", "tiny, class, long, paper or smoke; auto: tiny or class")
+    model: str = option("unsloth/Llama-3.2-3B-Instruct", "hub id or local folder (the paper's)")
+    seed: int = option(0, "every random choice of the run")
+    data_seed: int = option(
+        0, "tiny world, fail@k samples, train/test split: equal to compare runs"
+    )
+    out: str = option("", "the run folder; empty: runs/DATASET-SEED")
+    cache: str = option("runs/cache", "the tiny world's base model and filtered hard sets are here")
+    resume: bool = option(False, "continue the run in --out (give the same flags again)")
+    processes: int = option(0, "share the students among so many; 0: CPU cores, or one on GPUs")
+    threads: int = option(1, "torch's CPU threads in each process; 0: as torch chooses")
+    device: str = option("auto", "auto: cuda if there is one, else cpu")
     # --- The hard set
-    k: int = 128  # keep the problems that the base model fails k times of k (paper: 128)
-    pool: int = 0  # look only at this many problems, drawn by --data-seed; 0: all
+    fail_k: int = option(
+        128, "keep the problems that the base model fails so many times of as many"
+    )
+    pool: int = option(0, "look only at this many problems, drawn by --data-seed; 0: all")
     # --- Prompts
-    teacher_prompt: str = ""  # FILE that replaces the built-in teacher prompt
-    student_prompt: str = ""  # FILE that replaces the built-in student prompt; must contain {problem}
-    chat: bool = False  # wrap both prompts in the model's chat template (the paper is silent)
+    teacher_prompt: str = option("", "FILE that replaces the teacher prompt")
+    student_prompt: str = option("", "FILE that replaces the student prompt; with {problem} in it")
+    chat: bool = option(False, "wrap both in the model's chat template (the paper is silent)")
     # --- Sampling
-    temperature: float = 1.0  # of every sampled token (Table 3)
-    teacher_tokens: int = 512  # new tokens at most for a proposal (Table 3)
-    student_tokens: int = 1024  # new tokens at most for a solution (Table 3)
+    temperature: float = option(1.0, "of every sampled token (Table 3)")
+    teacher_tokens: int = option(512, "new tokens at most for a proposal (Table 3)")
+    student_tokens: int = option(1024, "new tokens at most for a solution (Table 3)")
     # --- The teacher
-    steps: int = 200  # T, outer steps (Table 3)
-    datasets: int = 4  # g, datasets in one RLOO group (Table 3)
-    groups: int = 1  # RLOO groups an outer step (Algorithm 1 shows one; Table 3's "batch size 2" reads as two)
-    n: int = 64  # problems in a dataset (Table 3; swept over 8, 16, 32, 64)
-    teacher_lr: float = 1e-5  # peak, cosine decay over --steps (Table 3)
-    teacher_warmup: int = 20  # outer steps of linear warm-up (Table 3)
+    steps: int = option(200, "outer steps (Table 3)")
+    teacher_group: int = option(4, "g, datasets in an RLOO group (Table 3)")
+    teacher_batch: int = option(1, "groups a step (Algorithm 1: one; Table 3: batch size 2)")
+    n: int = option(64, "problems in a dataset (Table 3; swept over 8, 16, 32, 64)")
+    teacher_lr: float = option(1e-5, "peak, cosine decay over --steps (Table 3)")
+    teacher_warmup: int = option(20, "outer steps of linear warm-up (Table 3)")
     # --- The student
-    inner_steps: int = 10  # RLOO steps of the inner loop (Table 3)
-    inner_extra: int = 5  # steps more after each promotion (Table 3)
-    batch: int = 8  # problems a step (Table 3)
-    group: int = 32  # completions a problem, the RLOO group (Table 3)
-    student_lr: float = 1e-5  # peak, cosine decay over the inner loop (Table 3; it is silent on where the cosine ends)
-    student_warmup: int = 0  # steps of linear warm-up (Table 3)
+    inner_steps: int = option(10, "RLOO steps of the inner loop (Table 3)")
+    inner_extra: int = option(5, "steps more after each promotion (Table 3)")
+    student_batch: int = option(8, "problems a step (Table 3)")
+    student_group: int = option(32, "completions a problem, the RLOO group (Table 3)")
+    student_lr: float = option(1e-5, "peak, cosine decay over the inner loop (Table 3)")
+    student_warmup: int = option(0, "steps of linear warm-up (Table 3)")
     # --- Both updates
-    kl: float = 0.001  # coefficient of KL(policy, base model) (Table 3; which reference the students have it does not say)
-    weight_decay: float = 0.0  # of AdamW (the paper is silent)
-    clip: float = 1.0  # largest gradient norm; 0: no clipping (the paper is silent)
+    kl: float = option(0.001, "coefficient of KL(policy, base model) (Table 3)")
+    weight_decay: float = option(0.0, "of AdamW (the paper is silent)")
+    clip: float = option(1.0, "largest gradient norm; 0: no clipping (the paper is silent)")
     # --- Reward and promotion
-    reward: str = "grounded"  # grounded = measured progress; learnability = the Intrinsic-T baseline
-    repeats: int = 4  # r, students a dataset (Table 3)
-    reward_questions: int = 64  # M, hard train problems in Q_R (Table 3)
-    tau: float = 0.01  # promote when the moving average of the rewards exceeds this (Table 3)
-    window: int = 3  # outer steps in the moving average (Table 3)
-    promotion: bool = True  # --no-promotion keeps the student at the base model
+    reward: str = option("grounded", "grounded = measured progress; learnability = Intrinsic-T")
+    repeats: int = option(4, "r, students a dataset (Table 3)")
+    reward_questions: int = option(64, "M, hard train problems in Q_R (Table 3)")
+    tau: float = option(0.01, "promote when the moving average exceeds this (Table 3)")
+    window: int = option(3, "outer steps in the moving average (Table 3)")
+    promotion: bool = option(True, "--no-promotion keeps the student at the base model")
     # --- Memory and report
-    sample_tokens: int = 131072  # prompt and completion tokens sampled side by side: the KV cache
-    micro_tokens: int = 16384  # padded tokens in one backward pass: the activations' memory
-    checkpointing: bool = False  # recompute activations in the backward pass: less memory, about a third slower
-    eval_samples: int = 32  # completions a problem behind pass@k in the final table (paper: 32)
+    sample_tokens: int = option(131072, "tokens sampled side by side: the KV cache's memory")
+    micro_tokens: int = option(16384, "padded tokens in a backward pass: the activations' memory")
+    checkpointing: bool = option(False, "recompute activations: less memory, a third slower")
+    eval_samples: int = option(32, "completions a problem behind pass@k in the report (paper: 32)")
+
 
 # For which machine a preset is: its memory is counted with every completion at its limit.
 MACHINES = {
@@ -149,99 +214,715 @@ MACHINES = {
 }
 # Only what differs from the defaults above, which are the paper's.
 SMALL_GPU = {
-    "model": "Qwen/Qwen2.5-0.5B-Instruct", "n": 16, "group": 16, "teacher_warmup": 3,
-    "checkpointing": True, "micro_tokens": 8192,
+    "model": "Qwen/Qwen2.5-0.5B-Instruct",
+    "n": 16,
+    "student_group": 16,
+    "teacher_warmup": 3,
+    "checkpointing": True,
+    "micro_tokens": 8192,
 }
 PRESETS = {
     "tiny": {
-        "model": "tiny", "pool": 256, "temperature": 0.7, "teacher_tokens": 40,
-        "student_tokens": 24, "steps": 12, "n": 32, "teacher_lr": 5e-4, "teacher_warmup": 0,
-        "repeats": 2, "inner_steps": 20, "inner_extra": 0, "batch": 16, "group": 16,
+        "model": "tiny",
+        "pool": 256,
+        "temperature": 0.7,
+        "teacher_tokens": 40,
+        "student_tokens": 24,
+        "steps": 12,
+        "n": 32,
+        "teacher_lr": 5e-4,
+        "teacher_warmup": 0,
+        "repeats": 2,
+        "inner_steps": 20,
+        "inner_extra": 0,
+        "student_batch": 16,
+        "student_group": 16,
         "student_lr": 7e-4,
         "micro_tokens": 1024,
     },
-    "class": SMALL_GPU | {
-        "steps": 10, "repeats": 1, "inner_steps": 8, "pool": 300,
-        "student_tokens": 320, "teacher_tokens": 192,
+    "class": SMALL_GPU
+    | {
+        "steps": 10,
+        "repeats": 1,
+        "inner_steps": 8,
+        "pool": 300,
+        "student_tokens": 320,
+        "teacher_tokens": 192,
     },
-    "long": SMALL_GPU | {
-        "steps": 30, "repeats": 2, "pool": 1000, "student_tokens": 512, "teacher_tokens": 256,
+    "long": SMALL_GPU
+    | {
+        "steps": 30,
+        "repeats": 2,
+        "pool": 1000,
+        "student_tokens": 512,
+        "teacher_tokens": 256,
     },
-    "paper": {"groups": 2, "checkpointing": True, "sample_tokens": 262144},
+    "paper": {"teacher_batch": 2, "checkpointing": True, "sample_tokens": 262144},
     "smoke": {
-        "k": 2, "pool": 16, "steps": 1, "n": 2, "datasets": 2, "repeats": 1, "inner_steps": 1,
-        "batch": 2, "group": 4, "student_tokens": 48, "teacher_tokens": 96, "reward_questions": 4,
-        "eval_samples": 2, "sample_tokens": 8192, "micro_tokens": 2048,
+        "fail_k": 2,
+        "pool": 16,
+        "steps": 1,
+        "n": 2,
+        "teacher_group": 2,
+        "repeats": 1,
+        "inner_steps": 1,
+        "student_batch": 2,
+        "student_group": 4,
+        "student_tokens": 48,
+        "teacher_tokens": 96,
+        "reward_questions": 4,
+        "eval_samples": 2,
+        "sample_tokens": 8192,
+        "micro_tokens": 2048,
     },
 }
-LEAST = dict.fromkeys("steps n k groups batch inner_steps repeats reward_questions window sample_tokens "
-                      "micro_tokens eval_samples teacher_tokens student_tokens".split(), 1)  # the least value of a flag; of other numbers it is 0, but:
-LEAST |= {"temperature": 0.01, "datasets": 2, "group": 2, "seed": -math.inf, "data_seed": -math.inf, "tau": -math.inf}
 
-def config_help(settings: type) -> dict[str, dict[str, str]]:
-    """{section: {field: comment}}, read from a dataclass's source, so that a comment and its --help never differ."""
-    sections, current = {}, None
-    for line in inspect.getsource(settings).splitlines():
-        if title := re.match(r"\s+# --- (.*)", line):
-            current = sections.setdefault(title[1], {})
-        elif entry := re.match(r"\s+(\w+): \w+ = .*?  # (.*)", line):
-            current[entry[1]] = entry[2]
-    return sections
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+# ======== 2. The outer loop: how do the parts make Algorithm 1? ===================================
 
-def parse_flags(parser: argparse.ArgumentParser, settings: type, argv: list[str]) -> dict:
-    """The flags that were given, {field: value}: every field of the dataclass is a flag. Raises UserError."""
-    def fail(message):
-        raise UserError(f"{message}; --help shows all flags")
-    parser.error = fail
-    for title, entries in config_help(settings).items():
-        section = parser.add_argument_group(title)
-        for name, comment in entries.items():
-            default = getattr(settings, name)
-            kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type(default)}
-            section.add_argument(flag(name), default=argparse.SUPPRESS, help=f"{comment} [{default}]".replace("%", "%%"), **kind)
-    return vars(parser.parse_args(argv))
+# An outer step is points 1 to 4 of Algorithm 1. All that passes to the next one is the State: the
+# teacher phi, the baseline theta, and the books.
+#
+# Why promote? An inner loop is short, so that many datasets can be tried. That is enough to see
+# which of them helps, but not to solve hard problems, and without promotion each student is thrown
+# away when it has been measured. Promotion banks progress: the next students begin where this one
+# ended, and problems that were out of its reach come into reach. The price can be seen in every
+# run. Rewards are gains over the baseline; so they drop after a promotion, and the teacher has to
+# find what helps the better student.
+#
+# Why a moving average? A mean reward of one step may be luck: M questions, and students that took a
+# lucky turn. Three steps in a row are a trend. Why a dataset of this step, and not the best one
+# ever? The rewards of the window show that the teacher is good NOW, and of this step's students
+# alone the weights are still there. Why its median student? The best of r is chosen by luck as well
+# as by merit, and would be worse than it looks; the median student is what the dataset does.
+# (With r = 2 it is the better of the two, and with r = 1 the only one: no protection there.)
+#
+# What the tiny world does not show: there one or two promotions lead from 0 to nearly 100 %, since
+# all facts hang on one switch. The paper's students gain a few points by each of at most four
+# promotions, in 200 steps.
 
-def parse_config(argv: list[str]) -> Config:
-    """Command line -> Config. Flags win over the preset, the preset over the defaults. Raises UserError on bad values."""
-    presets = ""
-    for name, preset in PRESETS.items():
-        settings = " ".join(f"{field}={value}" for field, value in preset.items())
-        presets += f"  {name:8}for {MACHINES[name]}\n"
-        presets += textwrap.indent(textwrap.fill(settings, 80), " " * 10) + "\n"
-    flags = parse_flags(argparse.ArgumentParser(
-        usage="python soar.py [--dataset NAME] [--preset NAME] [flags]", allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=f"SOAR: a teacher that is paid by its student's progress.\nDefaults (in brackets) are the paper's; presets "
-                    f"change only what they name:\n{presets}"), Config, argv)
-    preset = flags.get("preset", "auto")
-    if preset == "auto":
-        preset = "tiny" if flags.get("dataset", "tiny") == "tiny" else "class"
-    if preset not in PRESETS:
-        raise UserError(f"--preset {preset} does not exist; choose one of {', '.join(PRESETS)}")
-    config = Config(**PRESETS[preset] | flags | {"preset": preset})
-    config.out = config.out or f"runs/{Path(config.dataset).stem}-{config.seed}"
-    for name, value in vars(config).items():
-        least = LEAST.get(name, 0)
-        if isinstance(value, (int, float)) and not least <= value < math.inf:  # so NaN is refused, too
-            raise UserError(f"{flag(name)} must be a finite number" + f", at least {least}" * (least >= 0))
-    if config.threads > 4 * os.cpu_count():
-        raise UserError(f"--threads {config.threads} is more than four for each of the {os.cpu_count()} cores")
-    if not config.dataset:
-        raise UserError("--dataset needs a name: tiny, math, harp, olympiad or a FILE.jsonl")
-    if config.dataset == "tiny" and not 2 <= config.pool <= 100_000:
-        raise UserError("--pool must be from 2 to 100000 in the tiny world, whose problems never end")
-    if config.reward not in ("grounded", "learnability"):
-        raise UserError("--reward must be one of grounded, learnability")
-    if (config.dataset == "tiny") != (config.model == "tiny"):
-        raise UserError("the tiny data set and the tiny model belong together: give both or neither of them")
-    return config
 
-def fingerprint(*key) -> str:
-    """Sixteen hex digits that name `key` (anything with a stable repr): file names of caches, seeds of generators."""
-    return hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+@dataclass
+class State:
+    """All that passes from one outer step to the next; the checkpoint is this and nothing else."""
+
+    teacher: list  # phi, a snapshot
+    moments: dict  # of the teacher's AdamW
+    baseline: list  # theta, the weights that every student starts from
+    inputs: str = ""  # fingerprint of all that was given beside flags: model, prompts, hard set
+    step: int = 0
+    promotions: int = 0
+    best_accuracy: float = -1.0  # of the promoted students, greedy, on the whole hard train set
+    student_key: str = ""  # fingerprint of the one that is saved
+    history: list[float] = field(default_factory=list)  # mean rewards since the last promotion
+    # The lines of the .jsonl files:
+    log: list[dict] = field(default_factory=list)  # a row an outer step
+    questions: list[dict] = field(default_factory=list)  # every problem of the teacher
+    promotion_questions: list[dict] = field(default_factory=list)  # D_best
+
+
+@dataclass
+class Champion:
+    """The median student of a step's best dataset: the one that a promotion would promote."""
+
+    dataset: int
+    student: int
+    weights: list
+
+
+def outer_step(policy: Policy, hard_train: list[Problem], state: State, config: Config) -> dict:
+    """One step of Algorithm 1, in place on `state` -> its row of the log, also in state.log."""
+    step, n = state.step, config.n
+    # 1. The teacher proposes K * n problems; consecutive ones make the datasets X_1..X_K.
+    count = config.teacher_batch * config.teacher_group * n
+    restore(policy.model, state.teacher)
+    generator = seeded(config.seed, "propose", step)
+    rollouts, problems, proposing = propose(policy, count, config, generator)
+    datasets = [problems[i : i + n] for i in range(0, count, n)]
+    # 2. What is each dataset worth? The questions Q_R are drawn anew in each step.
+    if config.reward == "grounded":
+        order = torch.randperm(
+            len(hard_train), generator=seeded(config.seed, "reward questions", step)
+        )
+        questions = [hard_train[i] for i in order[: config.reward_questions]]
+        measured = grounded_rewards(policy, datasets, questions, state, config)
+    else:
+        measured = learnability_rewards(policy, datasets, state, config)
+    rewards, errors, champion, training = measured
+    R = rewards.mean(1)  # [K]: R_k
+    # 3. Promotion, when the baseline is beaten lastingly.
+    state.history = [*state.history, R.mean().item()]
+    average = float(np.mean(state.history[-config.window :]))
+    promoted = None
+    if champion and promotion_due(state.history, config):
+        promoted = promote(policy, champion, datasets, hard_train, state, config)
+    # 4. The action was a whole dataset, so each rollout that wrote a part of X_k carries A_k.
+    advantages = rloo_advantages(R, config.teacher_group).repeat_interleave(n)  # [K * n]
+    updating = teacher_update(policy, rollouts, advantages, state, config)
+    row = {
+        "step": step,
+        "rewards": rewards.tolist(),
+        "errors": errors.tolist(),
+        "reward": R.mean().item(),
+        "average": average,
+        "promotion": promoted,
+        "teacher": proposing | updating,
+        "student": training,
+    }
+    if config.dataset == "tiny":
+        row["topics"] = topic_shares(problems)
+    state.log.append(row)
+    for i, problem in enumerate(problems):
+        place = {"step": step, "dataset": i // n, "reward": R[i // n].item()}
+        state.questions.append(place | vars(problem))
+    state.step += 1
+    return row
+
+
+def promotion_due(history: list[float], config: Config) -> bool:
+    """Is the mean of the last `window` steps' mean rewards above tau? (Algorithm 1)
+
+    The paper is silent on two things. Rewards are measured against a baseline, so those from before
+    a promotion say nothing about the new one: `history` starts anew. And the window must be full:
+    one lucky first step is no trend.
+    """
+    if not config.promotion or len(history) < config.window:
+        return False
+    return sum(history[-config.window :]) / config.window > config.tau
+
+
+def promote(
+    policy: Policy,
+    champion: Champion,
+    datasets: list[list[Problem]],
+    hard_train: list[Problem],
+    state: State,
+    config: Config,
+) -> dict:
+    """Algorithm 1, point 3: the champion becomes the baseline, its dataset joins D_best.
+
+    -> its row of the log. The best student so far, by greedy accuracy on the hard train set, is
+    saved in the run folder.
+    """
+    state.baseline = champion.weights
+    state.promotions += 1
+    state.history = []
+    state.promotion_questions += map(vars, datasets[champion.dataset])
+    restore(policy.model, state.baseline)
+    accuracy = greedy_right(policy, hard_train, config).mean().item()
+    if accuracy > state.best_accuracy:
+        state.best_accuracy = accuracy
+        state.student_key = weights_key(state.baseline)
+        save_model(policy.model, policy.tokenizer, Path(config.out) / "student")
+    return {"dataset": champion.dataset, "student": champion.student, "accuracy": accuracy}
+
+
+def teacher_update(
+    policy: Policy, rollouts: list[Rollout], advantages: Tensor, state: State, config: Config
+) -> dict:
+    """Algorithm 1, point 4, on the live model -> figures. advantages [K * n].
+
+    The teacher's moments are on the model's device only here: the students have their own.
+    """
+    device = policy.model.device
+    moments = moved_to(device, state.moments)
+    state.moments = {}  # or the host would hold these beside the new ones: 16 bytes a weight
+    lr = learning_rate(config.teacher_lr, state.step, config.steps, config.teacher_warmup)
+    rounding = seeded(config.seed, "teacher", state.step, "rounding", device=device)
+    restore(policy.model, state.teacher)
+    figures = policy_update(policy, rollouts, advantages, moments, lr, config, rounding)
+    state.moments = moved_to("cpu", moments)
+    state.teacher = snapshot(policy.model)
+    return figures
+
+
+# ======== 3. The teacher: how does a problem get accepted, and why is rejecting others no bias? ===
+
+# The teacher is asked the same thing each time: write one problem and its answer. It sees no hard
+# problem, and no examples either: shown some, it copies them (paper, appendix). What it learns, it
+# learns from rewards alone. Its completion must hold a question and an answer that the verifier can
+# read; otherwise it is thrown away and drawn again. Whether the answer is right nobody checks: the
+# paper finds that well-posed problems with wrong answers still teach.
+
+
+@dataclass(frozen=True)
+class Problem:
+    question: str
+    answer: str  # LaTeX, without \boxed{} and without $
+
+
+TEACHER_PROMPT = """You write practice problems for a mathematics assistant that wants to improve.
+
+Invent exactly one new problem, from one of these subjects: Algebra, Counting and Probability, Geometry, Intermediate
+Algebra, Number Theory, Prealgebra, Precalculus. It must be original and challenging: a solution takes at least two or
+three steps. Then solve it yourself. Give the result in exactly this form, with all other text outside of the tags:
+
+<question>the problem</question><answer>\\boxed{the final answer}</answer>
+
+"""
+
+
+def parse_problem(text: str) -> Problem | None:
+    """The problem in a teacher's completion, or None where there is none that can be used.
+
+    It can be used (paper, section 3) if question and answer tags open and close, the answer has a
+    box, and the verifier can read what is in it.
+
+    Of several, it is the first question that is directly followed by its own answer. To be exact:
+    the opening tags <question> and <answer> cut the text into parts. The first <question> part that
+    closes, and right behind which an <answer> part closes, holds the problem; each text ends at the
+    first closing tag of its own. If that one cannot be used, the completion cannot. This takes
+    linear time. (A regular expression would pair a question with another one's answer, and would
+    take minutes for a thousand repeated tags.)
+
+    >>> two = r"<question>1?</question> <question>2+3?</question> <answer>\\boxed{5}</answer>"
+    >>> parse_problem(two)
+    Problem(question='2+3?', answer='5')
+    """
+    parts = re.split(r"(?=<question>|<answer>)", text)
+    for part, following in pairwise(parts):
+        question = re.match(r"<question>(.*?)</question>", part, re.DOTALL)
+        answer = re.match(r"<answer>(.*?)</answer>", following, re.DOTALL)
+        if question and answer:
+            boxed = extract_boxed(answer[1])
+            if not question[1].strip() or boxed is None or not parses(boxed):
+                return None
+            return Problem(question[1].strip(), boxed.strip())
+    return None
+
+
+def propose(
+    policy: Policy, count: int, config: Config, generator: torch.Generator
+) -> tuple[list[Rollout], list[Problem], dict]:
+    """Samples the live model as the teacher until `count` problems are accepted.
+
+    -> (their rollouts, the problems, figures). Raises UserError where hardly any can be used.
+
+    Proposition 1: this rejection needs no correction. Sampling from pi_0 until the result is in the
+    accepted set S draws from  pi = pi_0 / pi_0(S)  on S, so  ln pi = ln pi_0 - ln pi_0(S).  The
+    update uses ln pi_0, so it lacks the gradient of  ln pi_0(S).  That gradient is the same for
+    every sample, so it is multiplied by the SUM of the advantages, and RLOO's advantages sum to
+    zero in each group. Plain REINFORCE, whose weights do not, would need the correction.
+
+    The KL term is not in the proposition. With weights  A_i - kl * k1_i  (section 6) the sum is not
+    zero: exact at --kl 0, and at the paper's 0.001 the error is too small to matter. (Enumerated on
+    a toy: 19 % of the gradient's length at kl = 0.5, some 0.04 % at 0.001.)
+    """
+    prompt = policy.teacher_prompt()
+    opening = ""
+    if policy.teacher_text.rstrip().endswith("<question>"):  # a prompt may open the tag itself
+        opening = "<question>"
+    rollouts, problems = [], []
+    tried = truncated = 0
+    last = ""
+    while len(problems) < count:
+        if tried >= 20 * count + 100:
+            raise hopeless_teacher(policy, len(problems), tried, truncated, last)
+        missing = count - len(problems)
+        drawn = sample(policy, [prompt], missing, config.teacher_tokens, config, generator)
+        tried += len(drawn)
+        last = drawn[-1].text
+        truncated += sum(rollout.truncated for rollout in drawn)
+        for rollout in drawn:
+            problem = parse_problem(opening + rollout.text)
+            if problem:
+                rollouts.append(rollout)
+                problems.append(problem)
+    lengths = [len(rollout.completion) for rollout in rollouts]
+    figures = {
+        "acceptance": count / tried,
+        "truncated": truncated / tried,
+        "length": float(np.mean(lengths)),
+    }
+    return rollouts, problems, figures
+
+
+# ======== 4. The student: what does it do with a dataset? =========================================
+
+# A student is a copy of the baseline that takes a few steps of reinforcement learning with
+# verifiable rewards (RLVR) on one dataset: it answers each problem several times, and a verifier,
+# not a model, says which answers are right. Its optimizer is fresh, and lives as long as it does.
+# The verifier (section 13) is one promise: answers_equal(prediction, gold) is True if both texts
+# are the same mathematics, such as 1/2 and \frac{1}{2}; it never raises, and it depends on nothing
+# but the two texts.
+
+STUDENT_PROMPT = """User: {problem}
+Think step by step, and end with the final answer inside \\boxed{}.
+
+Assistant:"""
+
+RIGHT = 120.0  # reward of a right answer (paper, section 3)
+MAX_GUESSES = 10  # formulas outside the last box that can earn the partial reward
+
+
+def student_reward(completion: str, gold: str) -> float:
+    r"""120 for a right box; 20 for a wrong one if one of the last other formulas is right; 10 for
+    any box; else 0 (paper, section 3).
+
+    >>> student_reward(r"\boxed{7}", "7"), student_reward(r"$7$, so \boxed{8}", "7")
+    (120.0, 20.0)
+    >>> student_reward(r"\boxed{8}", "7"), student_reward("7", "7")
+    (10.0, 0.0)
+    """
+    boxed = list(islice(boxes(completion), 1 + MAX_GUESSES))  # the last one first
+    if not boxed:
+        return 0.0
+    if answers_equal(boxed[0], gold):
+        return RIGHT
+    formulas = re.findall(r"\$([^$]{1,200})\$|\\\((.{1,200}?)\\\)", completion)
+    guesses = [dollars or brackets for dollars, brackets in reversed(formulas)]
+    guesses = (guesses + boxed[1:])[:MAX_GUESSES]
+    if any(answers_equal(guess, gold) for guess in guesses):
+        return 20.0
+    return 10.0
+
+
+def solve(
+    policy: Policy,
+    problems: list[Problem],
+    attempts: int,
+    config: Config,
+    generator: torch.Generator | None = None,
+) -> tuple[list[Rollout], Tensor]:
+    """So many attempts at each problem by the live model -> (rollouts, rewards), problem by problem.
+
+    Rewards are float64, [len(problems) * attempts]. Without a generator attempts are greedy.
+    """
+    prompts = [policy.student_prompt(problem) for problem in problems]
+    rollouts = sample(policy, prompts, attempts, config.student_tokens, config, generator)
+    policy.meter("grading")
+    rewards = []
+    for i, rollout in enumerate(rollouts):
+        rewards.append(student_reward(rollout.text, problems[i // attempts].answer))
+    policy.meter("other")
+    return rollouts, torch.tensor(rewards, dtype=torch.float64)
+
+
+def greedy_right(policy: Policy, problems: list[Problem], config: Config) -> Tensor:
+    """[len(problems)] float64: 1 where the live model's greedy answer is right, else 0.
+
+    Greedy, because it has no sampling noise.
+    """
+    rewards = solve(policy, problems, 1, config)[1]
+    return (rewards == RIGHT).double()
+
+
+def batches_of(
+    dataset: list[Problem], steps: int, size: int, generator: torch.Generator
+) -> list[list[Problem]]:
+    """`steps` batches of `size` problems: the dataset over and over, each time in a new order.
+
+    A batch may span two epochs.
+    """
+    order = []
+    while len(order) < steps * size:
+        order += torch.randperm(len(dataset), generator=generator).tolist()
+    batches = []
+    for step in range(steps):
+        batches.append([dataset[i] for i in order[step * size : (step + 1) * size]])
+    return batches
+
+
+def train_student(
+    policy: Policy, batches: list[list[Problem]], config: Config, key: tuple
+) -> list[dict]:
+    """The inner loop: one RLOO step on each batch, in place on the live model -> their figures.
+
+    `key` names this student, and all its random choices are a function of it.
+    """
+    moments = adamw_state(policy.model)
+    figures = []
+    for step, batch in enumerate(batches):
+        lr = learning_rate(config.student_lr, step, len(batches), config.student_warmup)
+        figures.append(student_step(policy, batch, moments, lr, config, (*key, step)))
+    return figures
+
+
+def student_step(
+    policy: Policy, batch: list[Problem], moments: dict, lr: float, config: Config, key: tuple
+) -> dict:
+    """One RLOO step: G attempts at each problem, compared with each other -> figures."""
+    G = config.student_group
+    rollouts, rewards = solve(policy, batch, G, config, seeded(*key))
+    advantages = rloo_advantages(rewards, G)  # [len(batch) * G]
+    rounding = seeded(*key, "rounding", device=policy.model.device)
+    figures = policy_update(policy, rollouts, advantages, moments, lr, config, rounding)
+    flat = (advantages.view(-1, G) == 0).all(1)
+    return figures | {
+        "reward": rewards.mean().item(),
+        "success": (rewards == RIGHT).double().mean().item(),
+        "flat_groups": flat.double().mean().item(),
+        "truncated": float(np.mean([rollout.truncated for rollout in rollouts])),
+        "length": float(np.mean([len(rollout.completion) for rollout in rollouts])),
+    }
+
+
+# ======== 5. The grounded reward: what is a dataset worth? ========================================
+
+# A dataset is worth what a student gains by it. Nobody looks at the problems: not whether they are
+# hard, new or right. To learn what X_k is worth, a copy of the baseline trains on it, and answers
+# M real hard problems before and after. All students of a step get the same questions, start from
+# the same weights and take the same number of steps, so that their gains differ by their datasets
+# and by luck: the order of the problems, the sampled attempts. Averaging over r students makes
+# luck smaller, but does not remove it; it is the noise that the teacher has to learn through.
+#
+# The alternative is a reward that needs no student to train (Intrinsic-T): a problem is worth most
+# when the student solves it rarely, but sometimes. The paper finds that a teacher which is paid for
+# that ends at few kinds of odd problems. In the tiny world you can watch it:
+# --reward learnability.
+
+
+def grounded_rewards(
+    policy: Policy,
+    datasets: list[list[Problem]],
+    questions: list[Problem],
+    state: State,
+    config: Config,
+) -> tuple[Tensor, Tensor, Champion, dict]:
+    """Algorithm 1, point 2: r students train on each of K datasets, and answer M hard questions.
+
+    -> (rewards R_kj [K, r]; their standard errors over the questions [K, r]; the champion, for
+    point 3; figures). At most r + 1 students are held in memory.
+    """
+    K, r = len(datasets), config.repeats
+    steps = config.inner_steps + config.inner_extra * state.promotions
+    restore(policy.model, state.baseline)
+    before = greedy_right(policy, questions, config)  # [M], measured once
+    jobs = []
+    for k in range(K):
+        for j in range(r):
+            jobs.append((datasets[k], (config.seed, "student", state.step, k, j)))
+    common = (state.baseline, questions, steps, config)
+    students = share(policy, try_dataset, common, jobs, f"step {state.step}: students")
+    gains, logs = [], []
+    best, champion = -math.inf, None
+    for k in range(K):
+        weights, rewards = [], []
+        for _ in range(r):
+            right, trained, log = next(students)
+            gains.append(right - before)  # [M]
+            rewards.append(gains[-1].mean().item())  # R_kj
+            weights.append(trained)
+            logs += log
+        if sum(rewards) > best:
+            best = sum(rewards)
+            j = median_student(rewards)
+            champion = Champion(k, j, weights[j])
+    gains = torch.stack(gains).view(K, r, -1)  # [K, r, M]
+    errors = gains.std(-1, correction=0) / gains.shape[-1] ** 0.5
+    figures = {name: float(np.mean([log[name] for log in logs])) for name in logs[0]}
+    figures["accuracy_before"] = before.mean().item()
+    return gains.mean(-1), errors, champion, figures
+
+
+def try_dataset(
+    policy: Policy,
+    baseline: list,
+    questions: list[Problem],
+    steps: int,
+    config: Config,
+    dataset: list[Problem],
+    key: tuple,
+) -> tuple[Tensor, list, list[dict]]:
+    """One student, from the baseline -> (which questions it has right [M], its weights, figures).
+
+    A function of its arguments alone, so any process can do it.
+    """
+    policy.meter("weight swaps")
+    restore(policy.model, baseline)
+    batches = batches_of(dataset, steps, config.student_batch, seeded(*key, "order"))
+    figures = train_student(policy, batches, config, key)
+    policy.meter("weight swaps")
+    weights = snapshot(policy.model)
+    return greedy_right(policy, questions, config), weights, figures
+
+
+def median_student(rewards: list[float]) -> int:
+    """Index of the median; of the two middle ones, where r is even, that of the better one.
+
+    >>> median_student([0.3, 0.1, 0.2]), median_student([0.4, 0.1, 0.3, 0.2])     # 0.2 and 0.3
+    (2, 2)
+    """
+    order = sorted(range(len(rewards)), key=rewards.__getitem__)
+    return order[len(order) // 2]
+
+
+LEARNABILITY_SAMPLES = 32  # completions a problem (paper, section 5)
+
+
+def learnability_rewards(
+    policy: Policy, datasets: list[list[Problem]], state: State, config: Config
+) -> tuple[Tensor, Tensor, None, dict]:
+    """The Intrinsic-T baseline: no student trains. A problem is worth 1 - s, where s is the share
+    of the student's attempts that are right, or 0 if s = 0 (paper, section 5).
+
+    -> as grounded_rewards: (rewards [K, 1], standard errors over the dataset's problems [K, 1], no
+    champion, figures).
+    """
+    jobs = []
+    for k, dataset in enumerate(datasets):
+        jobs.append((dataset, (config.seed, "learnability", state.step, k)))
+    common = (state.baseline, config)
+    students = share(policy, success_rates, common, jobs, f"step {state.step}: attempts")
+    rates = torch.stack(list(students))  # [K, n]
+    values = torch.where(rates > 0, 1 - rates, 0.0)
+    errors = values.std(1, correction=0, keepdim=True) / values.shape[1] ** 0.5
+    return values.mean(1, keepdim=True), errors, None, {"success": rates.mean().item()}
+
+
+def success_rates(
+    policy: Policy, baseline: list, config: Config, dataset: list[Problem], key: tuple
+) -> Tensor:
+    """[n] float64: the share of the baseline student's attempts at each problem that are right."""
+    restore(policy.model, baseline)
+    rewards = solve(policy, dataset, LEARNABILITY_SAMPLES, config, seeded(*key))[1]
+    return (rewards == RIGHT).double().view(len(dataset), LEARNABILITY_SAMPLES).mean(-1)
+
+
+# ======== 6. RLOO and the policy update: which way do rewards push the weights? ===================
+
+# Teacher and student learn by the same rule. An action is made more likely if it earned more than
+# the others of its group, and less likely if it earned less. For the student an action is one
+# answer, and the group are the attempts at the same problem. For the teacher the action is a whole
+# dataset: its n problems were written independently of each other, ln p of the dataset is the sum
+# of theirs, and so each of its n completions carries the advantage A_k of the dataset. The teacher
+# is never told which of the problems did the good.
+#
+# Where all rewards of a group are equal, every advantage is zero, and nothing is learnt. That is
+# the plateau: on problems that are failed 128 times of 128, each attempt earns the same as the
+# others (or differs from them only in having a box at all).
+
+
+def rloo_advantages(rewards: Tensor, group_size: int) -> Tensor:
+    """REINFORCE leave-one-out: A_i = r_i - mean of the OTHER rewards of its group. [B] -> [B].
+
+    Groups are consecutive. The others' mean does not depend on sample i, so it is a baseline that
+    leaves the gradient unbiased. No division by the standard deviation. Advantages sum to zero over
+    a group; where all rewards are equal they are zero.
+
+    >>> rewards = torch.tensor([120., 0., 0., 10., 10., 10.])
+    >>> rloo_advantages(rewards, 3).tolist()            # the others' means: 0, 60, 60
+    [120.0, -60.0, -60.0, 0.0, 0.0, 0.0]
+    """
+    groups = rewards.view(-1, group_size)  # [B / G, G]
+    others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
+    return (groups - others).flatten()
+
+
+def policy_update(
+    policy: Policy,
+    rollouts: list[Rollout],
+    advantages: Tensor,
+    moments: dict,
+    lr: float,
+    config: Config,
+    rounding: torch.Generator | None = None,
+) -> dict:
+    """One step up the gradient of  E[reward] - kl * KL(policy, reference) -> figures.
+
+    loss = -1/B sum_i w_i ln p_i,   w_i = A_i - kl * (ln p_i - ln ref_i), held constant
+
+    ln p_i sums over the tokens of completion i, EOS included. The minus makes a loss of it: where
+    A_i > 0, a smaller loss is a larger ln p_i.
+
+    The KL term is the estimator k1 = ln p - ln ref, put into the REWARD: its gradient is that of the
+    reverse KL. (k2 = k1^2 / 2 as a loss gives the same; k1 as a loss has gradient zero on average,
+    since E[grad ln p] = 0; k3 = 1/e^k1 - 1 + k1 as a loss gives the forward KL.)
+
+    B counts all rollouts, before anything is skipped or cut into micro-batches, so neither changes
+    the gradient. Rollouts with advantage zero skip both passes: nothing pulls them anywhere, so
+    they pay no KL.
+    """
+    active = advantages.nonzero()[:, 0].tolist()
+    if not active:
+        return {"grad_norm": 0.0, "kl": 0.0, "sampler_gap": 0.0}
+    policy.meter("training")
+    policy.model.train(config.checkpointing)  # only in train mode; there is no dropout to turn on
+    divergences = []
+    gaps = []
+    for indices in micro_batches(rollouts, active, config.micro_tokens):
+        batch = [rollouts[i] for i in indices]
+        # 1. Log-probabilities, of the policy with gradient, of the reference without.
+        logprobs = completion_logprobs(policy.model, batch, config.temperature)  # [b]
+        # 2. Weights: advantages, less the KL term.
+        weights = advantages[indices].to(logprobs)  # [b]
+        if config.kl:
+            with torch.no_grad():
+                reference = completion_logprobs(policy.reference, batch, config.temperature)
+                k1 = logprobs - reference  # [b]
+            weights = weights - config.kl * k1
+            divergences += k1.tolist()
+        # 3. The gradients of all micro-batches add up to that of the whole batch.
+        loss = -(weights * logprobs).sum() / len(rollouts)
+        loss.backward()
+        gaps += sampler_gaps(batch, logprobs)
+    policy.model.eval()
+    policy.meter.tokens["trained"] += sum(len(rollouts[i].completion) for i in active)
+    norm = adamw_step(policy.model, moments, lr, config, rounding)
+    policy.meter("other")
+    kl = float(np.mean(divergences or [0.0]))
+    return {"grad_norm": norm, "kl": kl, "sampler_gap": float(np.mean(gaps))}
+
+
+def sampler_gaps(batch: list[Rollout], logprobs: Tensor) -> list[float]:
+    """|ln p as trained - ln p as sampled| of each rollout, in nats a token.
+
+    With 135M weights it is 1e-6 in float32 and 0.01 in bfloat16: rounding, which no reward knows
+    of. More is a bug, in the sampler or here.
+    """
+    lengths = torch.tensor([len(rollout.completion) for rollout in batch]).to(logprobs)  # [b]
+    sampled = torch.tensor([rollout.logprob for rollout in batch]).to(logprobs)  # [b]
+    return ((logprobs.detach() - sampled).abs() / lengths).tolist()
+
+
+def completion_logprobs(
+    model: nn.Module, rollouts: list[Rollout], temperature: float, rows: int = 512
+) -> Tensor:
+    """[B] float32: ln p(completion | prompt) of each rollout, at the temperature of its sampling.
+
+    Full logits [B, T, V] never exist: with V = 128,000 they are the first thing that does not fit.
+    Hidden states are reduced to the positions that predict a completion token, and these are
+    projected `rows` at a time under checkpointing.
+    """
+    device = model.device
+    prompts = [len(rollout.prompt) for rollout in rollouts]
+    sequences = [rollout.prompt + rollout.completion for rollout in rollouts]
+    lengths = [len(sequence) for sequence in sequences]
+    B, T = len(rollouts), max(lengths)
+    # Padded on the RIGHT, where causal attention never looks: no mask is needed, and positions
+    # count from 0.
+    padded = [sequence + [0] * (T - len(sequence)) for sequence in sequences]
+    ids = torch.tensor(padded, device=device)  # [B, T]
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, T, D]
+    # Position t predicts token t + 1. Prompt a b, completion c EOS: start = 2, end = 4, and c and
+    # EOS are predicted by the hidden states at 1 and 2, that is from start - 1 to end - 2. They are
+    # N tokens in all:
+    start = torch.tensor(prompts, device=device)[:, None]  # [B, 1]
+    end = torch.tensor(lengths, device=device)[:, None]  # [B, 1]
+    column = torch.arange(T - 1, device=device)
+    predicts = (start - 1 <= column) & (column < end - 1)  # [B, T - 1]
+    hidden = hidden[:, :-1][predicts]  # [N, D]
+    targets = ids[:, 1:][predicts]  # [N]
+
+    def project(h: Tensor, y: Tensor) -> Tensor:  # [rows, D], [rows] -> [rows]
+        logits = next_token_logits(model, h).float()  # softmax in float32
+        return (logits / temperature).log_softmax(-1).gather(-1, y[:, None])[:, 0]
+
+    logprobs = []
+    for h, y in zip(hidden.split(rows), targets.split(rows)):
+        logprobs.append(checkpoint(project, h, y, use_reentrant=False))
+    owner = predicts.nonzero()[:, 0]  # [N]: whose token it is
+    return torch.zeros(B, device=device).index_add(0, owner, torch.cat(logprobs))
+
+
+# That was SOAR. What follows is what it runs on.
+
+
+# ======== Part II: what SOAR runs on ==============================================================
+
+
+# ======== 7. Policy: what is it that plays the teacher and the students? ==========================
+
 
 def seeded(*key, device="cpu") -> torch.Generator:
     """A random generator that is a function of `key` alone, for instance (seed, "student", step, dataset, repeat).
@@ -252,7 +933,1229 @@ def seeded(*key, device="cpu") -> torch.Generator:
     return torch.Generator(device).manual_seed(int(fingerprint(*key), 16) >> 1)
 
 
-# ======== 2. Problems: where do the real ones come from? ==========================================
+def fingerprint(*key) -> str:
+    """Sixteen hex digits that name `key` (anything with a stable repr): file names of caches, seeds of generators."""
+    return hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+
+
+class Meter:
+    """A stopwatch: meter("sampling") says what is going on from now on. Seconds by phase, tokens by kind.
+
+    It also tells how long the rest takes: expect() announces pieces of work of about the same length, advance() counts them.
+    """
+
+    def __init__(self):
+        self.seconds, self.tokens, self.phase, self.since = (
+            Counter(),
+            Counter(),
+            "loading",
+            time.perf_counter(),
+        )
+        self.expect(0, "")
+
+    def __call__(self, phase: str) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # or the next phase would be charged with what this one has only launched
+        now = time.perf_counter()
+        self.seconds[self.phase] += now - self.since
+        self.phase, self.since = phase, now  # after an error main() reads here what was going on
+
+    def expect(self, pieces: int, what: str, together: int = 1) -> None:
+        """`pieces` are to be done, so many of them at the same time."""
+        self.pieces, self.what, self.done, self.begun = pieces, what, 0, time.perf_counter()
+        self.together, self.announced = together, False
+
+    def left(self) -> float:
+        """Seconds that the rest of the announced work takes at the speed so far."""
+        return (
+            (time.perf_counter() - self.begun) / max(1, self.done) * max(0, self.pieces - self.done)
+        )
+
+    def advance(self, pieces: int = 1) -> None:
+        """Counts finished pieces; after the first ones, work of more than a minute is announced."""
+        self.done += pieces
+        if self.announced or self.done < self.together:
+            return
+        self.announced = True
+        if self.left() > 60:
+            tqdm.write(f"({self.what}: about {about(self.left())} at this speed)", file=sys.stdout)
+            sys.stdout.flush()
+
+
+def about(seconds: float) -> str:
+    """A duration as a person says it.
+
+    >>> about(45), about(600), about(9000), about(400_000)
+    ('45 s', '10 min', '2.5 h', '5 days')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86400:.0f} days"
+
+
+@dataclass
+class Policy:
+    """ONE live model, in which the teacher and the students take turns, and what is needed to talk to it."""
+
+    model: torch.nn.Module
+    reference: torch.nn.Module | None  # the frozen base model, for the KL term
+    tokenizer: object
+    teacher_text: str
+    student_text: str  # contains {problem}
+    chat: bool
+    base: list[torch.Tensor]  # the weights that the run starts from, in host memory
+    meter: Meter
+    source: tuple = ()  # what it was loaded with: (folder or hub id, Config)
+    workers: list = field(default_factory=list)  # channels to the other processes (section 16)
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a prompt. Raises UserError where the model has no vector for one of them."""
+        if self.chat:
+            ids = chat_ids(self.tokenizer, text)
+        else:
+            ids = self.tokenizer(text).input_ids  # with BOS where the tokenizer has one
+            ending = self.tokenizer.eos_token or "\0"
+            if ids and ids[-1] == self.tokenizer.eos_token_id and not text.endswith(ending):
+                ids = ids[
+                    :-1
+                ]  # some tokenizers end every text: the model would have nothing left to say
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        if not ids or max(ids) >= rows:
+            raise UserError(
+                f"the tokenizer and the model do not belong together: the prompt that begins {text[:40]!r} "
+                f"becomes the ids {ids[:3]}..., and the model has vectors for the ids 0 to {rows - 1}"
+            )
+        return ids
+
+    def teacher_prompt(self) -> list[int]:
+        return self.encode(self.teacher_text)
+
+    def student_prompt(self, problem: Problem) -> list[int]:
+        return self.encode(
+            self.student_text.replace("{problem}", problem.question)
+        )  # no format(): LaTeX is full of {}
+
+
+def read_prompt(path: str, builtin: str, must_contain: str = "") -> str:
+    """The text of a prompt file, or the built-in prompt where no file is given. Raises UserError."""
+    text = read_text(path, "it should hold a prompt in UTF-8") if path else builtin
+    if not text.strip() or must_contain not in text:
+        raise UserError(f"the prompt file {path} must contain {must_contain or 'some text'}")
+    return text
+
+
+def choose_device(config: Config) -> str:
+    """cuda if there is a GPU that torch can use, else cpu. Raises UserError where a CPU would need weeks.
+
+    Only the presets for GPUs are refused, and only where nobody has asked for the CPU.
+    """
+    if config.device != "auto":
+        return config.device
+    if torch.cuda.is_available():
+        return "cuda"
+    if config.preset in ("class", "long", "paper"):
+        raise UserError(
+            f"--preset {config.preset} is for a GPU, and torch finds none that it can use ({missing_gpu()}); on a CPU it "
+            "would take weeks: give --preset smoke to see it work, or --device cpu if you mean it"
+        )
+    return "cpu"
+
+
+def choose_dtype(device: str) -> torch.dtype:
+    """bfloat16, but float32 where that is slow: on a CPU, and on GPUs before Ampere (sm_80).
+
+    (Those, as the T4, are fast in float16; but its gradients need a loss scale, and a wrong one
+    shows in nothing but a student that learns less.)
+    """
+    old = device.startswith("cuda") and torch.cuda.get_device_capability(device) < (8, 0)
+    return torch.float32 if torch.device(device).type == "cpu" or old else torch.bfloat16
+
+
+def missing_gpu() -> str:
+    """Why torch has no CUDA: no GPU, too old a driver, a build without it; "" where it has."""
+    try:
+        torch.cuda.init()
+    except (AssertionError, RuntimeError) as error:
+        return str(error).strip().split("\n")[0]
+    return ""
+
+
+def chat_ids(tokenizer, user: str, assistant: str | None = None) -> list[int]:
+    """Token ids of one turn of the user in the model's chat template, up to where the assistant begins to write,
+    or with the assistant's whole turn. Raises UserError when there is no template or it fails."""
+    turns = [{"role": "user", "content": user}]
+    if assistant is not None:
+        turns.append({"role": "assistant", "content": assistant})
+    try:
+        text = tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=assistant is None
+        )
+    except Exception as error:  # templates are programs, and fail in their own ways
+        raise UserError(
+            f"--chat cannot be used: the model's chat template is missing or fails ({first_line(error)}); "
+            "leave --chat out"
+        ) from None
+    if user.strip() not in text:
+        raise UserError(
+            "--chat cannot be used: the model's chat template leaves out what the user says; leave --chat out"
+        )
+    return tokenizer(
+        text, add_special_tokens=False
+    ).input_ids  # the template has written BOS already
+
+
+def first_line(error: Exception) -> str:
+    """What a library says, short enough to stand in a sentence of ours."""
+    return f"{type(error).__name__}: {error}".strip().split("\n")[0][:300]
+
+
+def load_model(path: str, config: Config, trained: bool = True) -> tuple:
+    """(model, tokenizer) from the hub or a folder, in eval mode.
+
+    trained=False is for a model that only reads (eval.py's --embedder): it needs no output layer.
+    Raises UserError when there is no such model, it is gated, its weights are not those that its configuration
+    speaks of, or the network or the device is missing.
+    """
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+    use_own_attention()
+    if Path(path, "adapter_config.json").exists():
+        raise UserError(
+            f"{path} holds an adapter (LoRA), which soar.py does not apply; merge it into its model first"
+        )
+    kind = AutoModelForCausalLM if trained else AutoModel
+    device = choose_device(config)
+    try:
+        torch.zeros(1, device=device).item()
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=False
+        )  # or it would ask, and wait
+        model, found = kind.from_pretrained(
+            path, dtype=choose_dtype(device), output_loading_info=True, trust_remote_code=False
+        )
+        model = model.to(device).eval()
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # missing, gated, offline, truncated: transformers raises all kinds
+        raise UserError(
+            f"the model {path} cannot be loaded with --device {device} ({first_line(error)}); give a complete "
+            "local folder, or a hub id (needs the network once and, if the model is gated, a login)"
+        ) from None
+    # transformers fills what is missing with random numbers, and runs.
+    wrong = {"missing": found["missing_keys"], "of another shape": found["mismatched_keys"]}
+    if trained:
+        wrong["unknown to the model"] = found["unexpected_keys"]
+    for what, names in wrong.items():
+        if names:
+            raise UserError(
+                f"the weights of {path} do not fit its config.json: {len(names)} are {what}, for instance "
+                f"{sorted(map(str, names))[0]}; get the model again from where it was published"
+            )
+    return model, tokenizer
+
+
+def end_ids(model, tokenizer, chat: bool) -> list[int]:
+    """Every token that ends a completion: what the model's generation_config lists, the tokenizer's own, and, with
+    --chat, what the template writes behind the assistant's words. Raises UserError when there is none."""
+    ends = set()
+    for ids in (model.generation_config.eos_token_id, tokenizer.eos_token_id):
+        if ids is not None:  # 0 is an id like any other
+            ends.update(ids if isinstance(ids, (list, tuple)) else [ids])
+    if chat:
+        begun, whole = chat_ids(tokenizer, "Hello"), chat_ids(tokenizer, "Hello", "world")
+        behind = whole[len(begun) + len(tokenizer("world", add_special_tokens=False).input_ids) :]
+        marks = {
+            *tokenizer.all_special_ids,
+            *tokenizer.added_tokens_decoder,
+        }  # a line break ends no turn
+        ends.update(marks.intersection(behind[:1]))
+    rows = model.get_input_embeddings().weight.shape[0]
+    ends = sorted(i for i in ends if 0 <= i < rows)
+    if not ends:
+        raise UserError(
+            "the model has no end-of-sequence token, so its completions would never end; take another"
+        )
+    return ends
+
+
+def without_dropout(model) -> None:
+    """No dropout: with --checkpointing training runs in train mode, and must be of the policy that was sampled.
+
+    Modules have it under many names (p, attention_dropout, resid_pdrop, layerdrop). self_check refuses what this
+    overlooks, and other noise (the jitter of some routers).
+    """
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            full_name = (type(module).__name__ + name).lower()
+            if isinstance(value, float) and "drop" in full_name:
+                setattr(module, name, 0.0)
+
+
+def snapshot(model) -> list[torch.Tensor]:
+    """A copy of all weights in host memory. Tied weights (embedding and output layer) appear once."""
+    return [p.detach().to("cpu", copy=True) for p in model.parameters()]
+
+
+@torch.no_grad()
+def restore(model, weights: list[torch.Tensor]) -> None:
+    """Copy a snapshot back IN PLACE: whoever holds the parameters (an optimizer, a captured graph) sees the new values."""
+    for p, w in zip(model.parameters(), weights, strict=True):
+        p.copy_(w)
+
+
+def enable_checkpointing(model) -> None:
+    """In train mode the backward pass computes activations again instead of keeping them. UserError where it cannot."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    enable = enable or model.gradient_checkpointing_enable  # its name before transformers 5.24
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(
+            f"--checkpointing cannot be used ({first_line(error)}); give --no-checkpointing"
+        ) from None
+
+
+def load_policy(path: str, config: Config, meter: Meter) -> Policy:
+    """The model in `path` as a policy that has passed self_check. Raises UserError."""
+    from transformers import GenerationConfig
+
+    model, tokenizer = load_model(path, config)
+    without_dropout(model)
+    # Of the hub's generation settings only the ids are kept. Others (top_p, a temperature for greedy decoding)
+    # would be saved with the promoted student, where transformers can refuse them.
+    words, rows = len(tokenizer.get_vocab()), model.get_input_embeddings().weight.shape[0]
+    if (
+        words < rows / 2
+    ):  # where its files are missing, some versions of transformers make an empty one
+        raise UserError(
+            f"the tokenizer of {path} has {words} tokens and the model {rows}: they do not belong together, "
+            "or the tokenizer's files are missing; get the model again from where it was published"
+        )
+    ids, ends = model.generation_config, end_ids(model, tokenizer, config.chat)
+    model.generation_config = GenerationConfig(
+        bos_token_id=ids.bos_token_id, pad_token_id=ids.pad_token_id, eos_token_id=ends
+    )
+    if config.checkpointing:
+        enable_checkpointing(model)
+    builtin = (
+        (TINY_TEACHER_PROMPT, TINY_STUDENT_PROMPT)
+        if config.dataset == "tiny"
+        else (TEACHER_PROMPT, STUDENT_PROMPT)
+    )
+    policy = Policy(
+        model,
+        copy.deepcopy(model) if config.kl else None,
+        tokenizer,
+        read_prompt(config.teacher_prompt, builtin[0]),
+        read_prompt(config.student_prompt, builtin[1], "{problem}"),
+        config.chat,
+        snapshot(model),
+        meter,
+        (path, config),
+    )
+    self_check(policy, config)
+    return policy
+
+
+def self_check(policy: Policy, config: Config) -> None:
+    """Is the model that is trained the model that is sampled? Raises UserError if not, before the long work.
+
+    Two prompts of different lengths, two completions each, of 8 tokens at most: so with padding, a cache and rows that
+    leave. Their log-probabilities must be the same in three ways: as the sampler saw them, from completion_logprobs in
+    the mode that trains, and from the model's own forward pass over one whole sequence after the other. Rounding makes
+    0.04 a token in bfloat16 and 1e-5 in float32; a cap on the logits, a position, a state or a dropout that one of the
+    ways does not know makes tenths. Random numbers in training (dropout, a jitter of routers) make two passes differ, even
+    where they are small. The check knows no model by name, so it holds for those that are still to come.
+    """
+    model, temperature = policy.model, config.temperature
+    questions = ("What is 1+1?", "What is the sum of 1 and 2?")
+    prompts = [policy.student_prompt(Problem(question, "")) for question in questions]
+    uniforms = torch.rand(4, 8, generator=seeded("self-check")).to(model.device)
+    try:
+        tokens, lengths, sampled = generate(model, prompts, 2, 8, temperature, uniforms)
+        rollouts = []
+        for i in range(4):
+            rollouts.append(Rollout(prompts[i // 2], tokens[i, : lengths[i]].tolist(), "", False))
+        own = [own_logprobs(model, rollout, temperature) for rollout in rollouts]  # [4][length]
+        model.train(config.checkpointing)
+        trained = completion_logprobs(model, rollouts, temperature)  # [4]
+        again = completion_logprobs(model, rollouts, temperature).detach()
+        trained.sum().backward()
+        model.eval()
+    except Exception as error:  # other architectures fail in their own ways
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"this kind of model ({type(model).__name__}) cannot be sampled and trained by "
+            f"soar.py ({first_line(error)}); take another --model"
+        ) from None
+    trained, totals = trained.detach(), torch.stack([row.sum() for row in own])  # [4], [4]
+    by_token = torch.cat([sampled[i, : len(row)] - row for i, row in enumerate(own)])
+    far = 1e-3 if model.dtype == torch.float32 else 0.15  # between rounding and a fault
+    gaps = [  # (what is compared, how far it is off a token, how far it may be)
+        ("sampled wrongly", by_token.abs().mean(), far),
+        ("trained wrongly", ((trained - totals).abs() / lengths).mean(), far),
+        ("trained at random", ((trained - again).abs() / lengths).mean(), far / 100),
+    ]
+    for fault, gap, allowed in gaps:
+        if not gap <= allowed:  # NaN is not, either
+            raise UserError(
+                f"this kind of model ({type(model).__name__}) would be {fault} by soar.py: the "
+                f"log-probability of a token is {gap:.2g} off; take another --model"
+            )
+    for name, p in model.named_parameters():
+        if p.grad is not None and not torch.isfinite(p.grad).all():
+            raise UserError(
+                f"the gradient of {name} is NaN or infinite before any training; take another --model"
+            )
+        p.grad = None
+
+
+@torch.no_grad()
+def own_logprobs(model, rollout: Rollout, temperature: float):
+    """[length] float32: ln p of each token of a completion by the model's own forward: no padding, no cache, no trick."""
+    ids = torch.tensor([rollout.prompt + rollout.completion], device=model.device)  # [1, T]
+    logits = (
+        model(input_ids=ids, use_cache=False).logits[0, len(rollout.prompt) - 1 : -1].float()
+    )  # [length, V]
+    return (
+        (logits / temperature).log_softmax(-1).gather(-1, ids[0, len(rollout.prompt) :, None])[:, 0]
+    )
+
+
+def hopeless_teacher(
+    policy: Policy, accepted: int, tried: int, truncated: int, last: str
+) -> UserError:
+    """What to do about a teacher whose completions hold hardly any problem."""
+    chat = ""
+    if policy.tokenizer.chat_template and not policy.chat:
+        chat = "--chat, "
+    return UserError(
+        f"only {accepted} of {tried} of the teacher's completions could be used, {truncated} were "
+        f"cut off; try {chat}more --teacher-tokens, or a --teacher-prompt with examples; the last "
+        f"completion began: {last[:120]!r}"
+    )
+
+
+def micro_batches(
+    rollouts: list[Rollout], indices: Iterable[int], budget: int
+) -> Iterator[list[int]]:
+    """Cuts the indices of some rollouts into lists of at most `budget` padded tokens each.
+
+    Similar lengths come together. One rollout always fits.
+    """
+
+    def length(i: int) -> int:
+        return len(rollouts[i].prompt) + len(rollouts[i].completion)
+
+    batch = []
+    for i in sorted(indices, key=length):
+        if batch and (len(batch) + 1) * length(i) > budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def next_token_logits(model, hidden):
+    """Hidden states [N, D] -> logits [N, V], scaled and capped as the model itself does it (Cohere, Granite, Gemma)."""
+    config = model.config.get_text_config()
+    logits = model.get_output_embeddings()(hidden)
+    if getattr(config, "logit_scale", None):
+        logits = logits * config.logit_scale
+    if getattr(config, "logits_scaling", None):
+        logits = logits / config.logits_scaling
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
+# ======== 8. Sampler: how are completions drawn, from exactly the policy that is trained? =========
+
+
+@dataclass
+class Rollout:
+    prompt: list[int]
+    completion: list[
+        int
+    ]  # the sampled ids, with EOS: never decoded and encoded again, which can give other tokens
+    text: str  # of the completion, without EOS
+    truncated: bool  # the limit came before EOS
+    logprob: float = math.nan  # ln p(completion | prompt), as sampled; greedy: 0; not sampled: NaN
+
+
+def sample(
+    policy: Policy,
+    prompts: list[list[int]],
+    n: int,
+    max_new_tokens: int,
+    config: Config,
+    generator=None,
+) -> list[Rollout]:
+    """n rollouts of each prompt, prompt by prompt, in parts; without a generator greedy."""
+    B, eos = len(prompts) * n, eos_ids(policy.model)
+    uniforms = None if generator is None else torch.rand(B, max_new_tokens, generator=generator)
+    parts = list(sample_parts(prompts, n, max_new_tokens, config.sample_tokens))
+
+    def draw(chunk: list[list[int]], first: int, width: int) -> list[Rollout]:
+        u = (
+            None
+            if uniforms is None
+            else uniforms[first : first + len(chunk) * width].to(policy.model.device)
+        )
+        tokens, lengths, logprobs = generate(
+            policy.model, chunk, width, max_new_tokens, config.temperature, u
+        )
+        rows = [ids[:length] for ids, length in zip(tokens.tolist(), lengths.tolist())]
+        ended = [ids[-1] in eos for ids in rows]
+        # Only ends and padding are no text: in some models <question> or \boxed are special tokens.
+        words = [
+            [i for i in ids if i not in eos and i != policy.tokenizer.pad_token_id] for ids in rows
+        ]
+        texts = policy.tokenizer.batch_decode(
+            words, clean_up_tokenization_spaces=False, skip_special_tokens=False
+        )
+        sums = logprobs.sum(1).tolist()
+        return [
+            Rollout(chunk[i // width], rows[i], texts[i], not ended[i], sums[i])
+            for i in range(len(rows))
+        ]
+
+    policy.meter("sampling")
+    rollouts = []
+    for part in parts:
+        rollouts += draw(*part)
+    policy.meter.tokens["sampled"] += sum(len(rollout.completion) for rollout in rollouts)
+    policy.meter("other")
+    return rollouts
+
+
+def sample_parts(
+    prompts: list[list[int]], n: int, max_new_tokens: int, budget: int
+) -> Iterator[tuple[list[list[int]], int, int]]:
+    """What is sampled side by side -> (prompts, number of their first row, rows of each prompt).
+
+    A row's cache is as long as the longest prompt of its part and max_new_tokens together. A part
+    has at most `budget` tokens, but at least one row. It is some prompts with all n rows of each
+    or, where that is too much, one prompt with some of its rows.
+
+    >>> list(sample_parts([[1], [2], [3, 4]], 2, 3, budget=16))  # rows of 4, 4, 5 tokens
+    [([[1], [2]], 0, 2), ([[3, 4]], 4, 2)]
+    """
+
+    def fit(part: list[list[int]]) -> int:
+        return max(1, budget // (max(map(len, part)) + max_new_tokens))
+
+    start = 0
+    while start < len(prompts):
+        stop = start + 1
+        while stop < len(prompts) and (stop + 1 - start) * n <= fit(prompts[start : stop + 1]):
+            stop += 1
+        part = prompts[start:stop]
+        width = min(n, fit(part))
+        for row in range(0, n, width):
+            yield part, start * n + row, min(n - row, width)
+        start = stop
+
+
+@torch.inference_mode()
+def generate(
+    model,
+    prompts: list[list[int]],
+    n: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    uniforms=None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """n completions of each of P prompts, prompt by prompt -> (tokens, lengths, logprobs).
+
+    tokens [P*n, max_new_tokens] and the log-probabilities that they were sampled with (greedy: all
+    0) are zero after a completion's end; lengths [P*n]. uniforms [P*n, max_new_tokens], in [0, 1),
+    are all the luck that there is; without them decoding is greedy.
+
+    A length counts the tokens up to and including EOS: ending is an action of the policy like any other, and gets its share
+    of the gradient. Masks are made from lengths, never from `token != pad`, since in many models pad IS EOS.
+    """
+    assert not model.training, (
+        "in train mode with gradient checkpointing, transformers drops the KV cache: wrong tokens"
+    )
+    device, B = model.device, len(prompts) * n
+    eos = torch.tensor(sorted(eos_ids(model)), device=device)
+    logits, padding, cache = prefill(model, prompts, n, max_new_tokens)
+    padded = padding.any().item()  # without padding, attention needs no mask
+    tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)  # [B, max_new_tokens]
+    logprobs = torch.zeros(B, max_new_tokens, device=device)  # [B, max_new_tokens]
+    lengths = torch.full((B,), max_new_tokens, device=device)  # [B]
+    alive = torch.arange(
+        B, device=device
+    )  # [rows]: the output row of each row that is still in the batch
+    for t in range(max_new_tokens):
+        u = None if uniforms is None else uniforms[alive, t]  # [rows]
+        token, logprobs[alive, t] = pick_tokens(logits, temperature, u)  # [rows]
+        tokens[alive, t] = token
+        going = ~torch.isin(token, eos)  # [rows]
+        rows = int(going.sum())
+        if (
+            rows < len(alive)
+        ):  # rows that ended leave; of 0 1 2 3 4, if 1 and 3 ended, 0 4 2 stay: 4 moves into the hole at 1
+            lengths[alive[~going]] = t + 1
+            holes, movers = (~going[:rows]).nonzero()[:, 0], rows + going[rows:].nonzero()[:, 0]
+            for x in (alive, token, padding):
+                x[holes] = x[movers]
+            alive, token, padding = alive[:rows], token[:rows], padding[:rows]
+            for layer in cache.layers:
+                layer.keep(rows, holes, movers)
+        if not rows or t + 1 == max_new_tokens:
+            break
+        column = torch.arange(cache.get_seq_length() + 1, device=device)
+        sees = column >= padding if padded else None
+        logits = next_logits(model, token[:, None], sees, column[-1] - padding, cache)  # [rows, V]
+    return tokens, lengths, logprobs
+
+
+def prefill(model, prompts: list[list[int]], n: int, max_new_tokens: int):
+    """Run each of P prompts once -> (logits of the first new token [P*n, V], padding [P*n, 1], cache), n rows for each prompt.
+
+    Prompts are padded on the LEFT, to the length T of the longest, so that all end in the same column. What counts is that
+    no row sees its padding, and that its first real token has position 0:
+
+        prompts a b c and d, T = 3:    a b c    padding 0    positions 0 1 2
+                                       . . d    padding 2    positions . . 0
+    """
+    T, device = max(map(len, prompts)), model.device
+    ids = torch.tensor(
+        [[0] * (T - len(prompt)) + prompt for prompt in prompts], device=device
+    )  # [P, T]
+    padding = torch.tensor([[T - len(prompt)] for prompt in prompts], device=device)  # [P, 1]
+    column, cache = torch.arange(T, device=device), row_cache(n, T + max_new_tokens)
+    positions = (column - padding).clamp(min=0)  # [P, T]
+    logits = next_logits(model, ids, column >= padding, positions, cache)  # [P, V]
+    if not torch.isfinite(logits).all():
+        raise UserError(
+            "the model's logits are NaN or infinite: its weights are damaged, or the learning rate was too high"
+        )
+    return logits.repeat_interleave(n, 0), padding.repeat_interleave(n, 0), cache
+
+
+def next_logits(model, ids, sees, positions, cache) -> torch.Tensor:
+    """ids [B, T] -> logits [B, V] of the token after the last; the cache grows by T tokens.
+
+    sees [B, tokens so far]: the ones that are no padding, or None where none is. positions [B, T].
+    """
+    parameters = inspect.signature(type(model).forward).parameters
+    name = "cache" if "cache" in parameters else "past_key_values"  # before transformers 5.24
+    output = model(
+        input_ids=ids,
+        attention_mask=sees,
+        position_ids=positions,
+        use_cache=True,
+        logits_to_keep=1,
+        **{name: cache},
+    )
+    return output.logits[:, -1]
+
+
+def pick_tokens(logits, temperature: float, uniforms=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, V] logits, [B] uniforms u in [0, 1) -> (tokens [B], their log-probabilities [B] in float32).
+
+    A token is the inverse of the cumulative distribution at u. Without u decoding is greedy: the
+    likeliest token for certain, so its log-probability is 0.
+
+    No top-k and no top-p: under a truncated distribution the score function has not mean zero, and
+    policy gradients are wrong. One uniform number a token, drawn beforehand, so that a row's tokens
+    do not depend on the rows beside it.
+
+    >>> logits = torch.tensor([[0.2, 0.5, 0.3]]).log()      # cumulative: 0.2, 0.7, 1
+    >>> [pick_tokens(logits, 1.0, torch.tensor([u]))[0].item() for u in (0.1, 0.3, 0.6, 0.8)]
+    [0, 1, 1, 2]
+    """
+    if uniforms is None:
+        tokens = logits.argmax(-1)
+        return tokens, torch.zeros_like(tokens, dtype=torch.float32)
+    part = 1 + (1 << 24) // logits.shape[1]  # rows at a time, or the distributions take gigabytes
+    tokens, logprobs = [], []
+    for x, u in zip(logits.split(part), uniforms.split(part)):
+        probs = (x.float() / temperature).softmax(-1)  # [rows, V]
+        cdf = probs.cumsum(-1)
+        target = u[:, None] * cdf[:, -1:]  # [rows, 1]; rounding leaves the last entry a bit off 1
+        token = torch.searchsorted(cdf, target, right=True).clamp_(
+            max=cdf.shape[1] - 1
+        )  # [rows, 1]
+        tokens.append(token[:, 0])
+        logprobs.append(probs.gather(-1, token)[:, 0].log())
+    return torch.cat(tokens), torch.cat(logprobs)
+
+
+def eos_ids(model) -> set[int]:
+    """A SET: instruct models end a turn with any of several tokens."""
+    ids = model.generation_config.eos_token_id
+    return set(ids) if isinstance(ids, (list, tuple)) else {ids}
+
+
+def row_cache(n: int, length: int):
+    """A cache that is prefilled with P prompts, then holds n copies of each, up to `length` tokens long.
+
+    transformers' own cache grows by torch.cat: for every new token it copies all the others. This
+    one is allocated once. (Counted for 128 rows of 400 tokens in Qwen2.5-0.5B: a decode step reads
+    and writes 2.96 GB, with DynamicCache 4.18. Measured on a CPU: 2 to 4 % less time.)
+    """
+    from transformers.cache_utils import Cache, DynamicLayer
+
+    class Layer(DynamicLayer):
+        rows = used = 0  # how much of the two buffers [P*n, heads, length, head size] is in use
+
+        def update(
+            self, keys, values, *args, **kwargs
+        ):  # [rows, heads, new tokens, head size]; of the prefill: [P, ...]
+            prefill, new = self.used == 0, slice(self.used, self.used + keys.shape[2])
+            if prefill:
+                self.rows, self.is_initialized = len(keys) * n, True
+                self.keys, self.values = (
+                    x.new_empty(self.rows, x.shape[1], length, x.shape[3]) for x in (keys, values)
+                )
+            for buffer, x in ((self.keys, keys), (self.values, values)):
+                buffer[: self.rows, :, new] = x.repeat_interleave(n, 0) if prefill else x
+            self.used = new.stop
+            if prefill:  # the prompts look at themselves only
+                return keys, values
+            return self.keys[: self.rows, :, : self.used], self.values[: self.rows, :, : self.used]
+
+        def get_seq_length(self):
+            return self.used
+
+        def keep(self, rows: int, holes, movers):
+            """Only `rows` rows stay: the first ones, with the holes among them filled by the movers behind them."""
+            self.rows = rows
+            for buffer in (self.keys, self.values):
+                buffer[holes, :, : self.used] = buffer[movers, :, : self.used]
+
+    return Cache(layer_class_to_replicate=Layer)
+
+
+def attention(module, query, key, value, attention_mask, scaling: float | None = None, **more):
+    """transformers' "sdpa" attention without its copies: query [B, H, T, D] -> ([B, T, H, D], _).
+
+    H query heads share the key/value heads in groups, of 7 in Qwen2.5-0.5B. Kernels that know
+    nothing of groups want keys and values copied for every head. In a decode step that would be
+    the whole cache, for every token; but there T is 1, and the heads of a group are as good as so
+    many queries of one head. Everything else is left to transformers.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    B, H, T, D = query.shape
+    group = H // key.shape[1]
+    one_mask_for_all_heads = attention_mask is None or attention_mask.shape[1] == 1
+    if T == 1 and group > 1 and one_mask_for_all_heads and more.get("position_bias") is None:
+        query = query.reshape(B, H // group, group, D)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, scale=scaling
+        )  # [B, H // group, group, D]
+        return out.reshape(B, 1, H, D), None
+    square = attention_mask is not None and attention_mask.shape[-2:] == (T, T)
+    if square and attention_mask.dtype == torch.bool:
+        # Padding sees itself: what a kernel makes of a query that sees nothing may be NaN, which
+        # the next layer's zero weights would not keep out.
+        attention_mask = attention_mask | torch.eye(T, dtype=torch.bool, device=query.device)
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=scaling, **more
+    )
+
+
+def use_own_attention() -> None:
+    """Every model whose attention is transformers' "sdpa" uses attention() from now on."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("sdpa", attention)
+    # cuDNN's attention plans anew for every shape, and each decode step has a new one.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+# ======== 9. Optimizer: how do steps of 1e-5 reach bfloat16 weights? ==============================
+
+
+@torch.no_grad()
+def adamw_step(
+    model, state: dict, lr: float, config: Config, generator=None, betas=(0.9, 0.999)
+) -> float:
+    """One AdamW step on p.grad, which is cleared -> the gradient's norm before clipping. Raises UserError on NaN.
+
+    m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  p <- p (1 - lr wd) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+    """
+    b1, b2 = betas
+    # What text does not reach has no gradient and stays as it is: a vision tower, an expert that nothing was sent to.
+    moved = [
+        row
+        for row in zip(model.parameters(), state["m"], state["v"], strict=True)
+        if row[0].grad is not None
+    ]
+    norms = [torch.linalg.vector_norm(param.grad, dtype=torch.float32) for param, _, _ in moved]
+    norm = torch.stack(norms).norm().item()
+    if not math.isfinite(norm):
+        raise UserError(
+            "the loss or its gradient became NaN or infinite; nothing was saved from this step: "
+            "lower --student-lr or --teacher-lr and start a new run"
+        )
+    scale = min(1.0, config.clip / (norm + 1e-6)) if config.clip else 1.0
+    state["t"] += 1
+    correct1, correct2 = 1 - b1 ** state["t"], 1 - b2 ** state["t"]
+    for param, whole_m, whole_v in moved:
+        for p, g, m, v in pieces(param, param.grad, whole_m, whole_v):
+            g = g.float() * scale
+            m.lerp_(g, 1 - b1)
+            v.mul_(b2).addcmul_(g, g, value=1 - b2)
+            root = (v / correct2).sqrt_() + 1e-8
+            new = p.float() * (1 - lr * config.weight_decay) - lr * (m / correct1) / root
+            p.copy_(stochastic_round(new, generator) if p.dtype == torch.bfloat16 else new)
+        param.grad = None
+    return norm
+
+
+def adamw_state(model, device=None) -> dict:
+    """Moments of a fresh optimizer, on the model's device or on another one."""
+
+    def zeros() -> list[torch.Tensor]:
+        return [torch.zeros_like(p, dtype=torch.float32, device=device) for p in model.parameters()]
+
+    return {"t": 0, "m": zeros(), "v": zeros()}
+
+
+def moved_to(device: torch.device | str, moments: dict) -> dict:
+    """The moments on another device."""
+    moved = {name: [x.to(device) for x in moments[name]] for name in ("m", "v")}
+    return {"t": moments["t"]} | moved
+
+
+PIECE = 1 << 24  # numbers that the optimizer works on at a time: temporaries of 64 MB each
+
+
+def pieces(*tensors) -> Iterator[tuple]:
+    """Tensors of one size -> tuples of views of them, PIECE numbers at a time."""
+    return zip(*(tensor.view(-1).split(PIECE) for tensor in tensors))
+
+
+# AdamW, all weights, float32 moments. bfloat16 has 8 significant bits: near 0.02 its values are 1e-4 apart, so a step of
+# 1e-5 is rounded away five times of six, and SOAR measures the effect of ten such steps. Stochastic rounding moves
+# the weight by a whole spacing with probability 1e-5 / 1e-4: right on average, at no extra memory (12 bytes a weight in all;
+# float32 master weights would cost 16).
+
+
+def stochastic_round(x, generator):
+    """float32 -> bfloat16, up or down with probabilities that make the expectation exact.
+
+    bfloat16 is the upper half of float32's bits. Add a random number to the lower half, carry included, then cut it off.
+
+    >>> x = torch.full((80_000,), 1 + 1 / 1024)     # an eighth of the way from 1 to the next bfloat16, 1 + 1/128
+    >>> y = stochastic_round(x, torch.Generator().manual_seed(0)).double()
+    >>> y.unique().tolist(), round((y > 1).double().mean().item(), 2)
+    ([1.0, 1.0078125], 0.12)
+    """
+    noise = torch.randint(
+        0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator
+    )
+    return ((x.view(torch.int32) + noise) & -0x10000).view(torch.float32).to(torch.bfloat16)
+
+
+def learning_rate(peak: float, step: int, total: int, warmup: int) -> float:
+    """Linear warm-up, then a cosine from `peak` at step `warmup` to 0 at `total` (steps count from 0).
+
+    >>> [round(learning_rate(1.0, step, 4, 0), 2) for step in range(4)]
+    [1.0, 0.85, 0.5, 0.15]
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+
+
+# ======== 10. The hard set: which problems does the base model never solve? =======================
+
+
+def hard_problems(policy: Policy, pool: list[Problem], config: Config) -> list[Problem]:
+    """fail@k: the problems of the pool that the base model fails k times of k (paper, section 4).
+
+    A problem leaves at its first success: after up to 8, 32 or k samples, so the easy ones cost 8 and the set is the same. The
+    state is written after every 32 problems, under a name made of all that a verdict depends on: what the model reads
+    (weights, prompts as token ids, so tokenizer and template are in them), how it is sampled, how its answer is read
+    (vocabulary, ends, golds, verifier). So an interrupted filter goes on, a finished one is read, and no other is mistaken for it.
+    """
+    prompts = [policy.student_prompt(problem) for problem in pool]
+    key = fingerprint(
+        weights_key(policy.base),
+        prompts,
+        sorted(policy.tokenizer.get_vocab().items()),
+        eos_ids(policy.model),
+        config.fail_k,
+        config.temperature,
+        config.student_tokens,
+        config.data_seed,
+        pool,
+        section_source("Verifier"),
+        inspect.getsource(student_reward),
+    )
+    path, done, hard = Path(config.cache) / f"hard-{key}.json", 0, []
+    if path.exists():
+        with whole(path, "delete it and the filter starts again"):
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            done, hard = kept["done"], kept["hard"]
+            demand(hard == sorted(set(hard)) and all(0 <= i < min(done, len(pool)) for i in hard))
+    starts = range(done, len(pool), 32)
+    policy.meter.expect(len(starts), "the filter", 1 + len(policy.workers))
+    jobs = [(pool[first : first + 32], first) for first in starts]
+    parts = share(policy, filter_part, (config,), jobs, f"fail@{config.fail_k} filter")
+    for first, unsolved in zip(starts, parts):
+        hard += [first + i for i in unsolved]
+        write_json(path, {"done": first + 32, "hard": hard})
+    return [pool[i] for i in hard]
+
+
+def filter_part(policy: Policy, config: Config, problems: list[Problem], first: int) -> list[int]:
+    """Which of up to 32 problems, the first of them the pool's number `first`, does the base model fail k times of k?"""
+    restore(policy.model, policy.base)
+    alive = range(len(problems))
+    limits = [limit for limit in (8, 32) if limit < config.fail_k] + [config.fail_k]
+    for before, limit in pairwise([0, *limits]):
+        generator = seeded(config.data_seed, "filter", first, limit)
+        rewards = solve(policy, [problems[i] for i in alive], limit - before, config, generator)[1]
+        solved = (rewards.view(len(alive), -1) == RIGHT).any(1).tolist()
+        alive = [i for i, success in zip(alive, solved) if not success]
+    return list(alive)
+
+
+def split_hard(problems: list[Problem], config: Config) -> tuple[list[Problem], list[Problem]]:
+    """50/50 at random into train (the teacher's reward) and test (the final table). Raises UserError when too few."""
+    if len(problems) < 2:
+        raise UserError(
+            f"only {len(problems)} problem(s) of the pool were failed {config.fail_k} times of {config.fail_k}: too few to "
+            "split; take a larger --pool, a smaller --k, a weaker --model or harder problems"
+        )
+    order = torch.randperm(len(problems), generator=seeded(config.data_seed, "split")).tolist()
+    return [problems[i] for i in order[: len(order) // 2]], [
+        problems[i] for i in order[len(order) // 2 :]
+    ]
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Chance that k of n samples, c of them right, contain a right one: 1 - C(n-c, k) / C(n, k), as a product.
+
+    >>> pass_at_k(4, 1, 2)      # 6 pairs of 4 samples, 3 of them with the right one
+    0.5
+    """
+    return 1.0 - math.prod((n - c - i) / (n - i) for i in range(k))
+
+
+def weights_key(weights) -> str:
+    """A fingerprint of tensors."""
+    return fingerprint(
+        [zlib.crc32(w.detach().cpu().contiguous().view(torch.uint8).numpy()) for w in weights]
+    )
+
+
+def section_source(title: str) -> str:
+    """The code of one section of this file, for the names of caches whose content depends on it."""
+    sections = Path(__file__).read_text(encoding="utf-8").split("\n# ======== ")
+    return next(text for text in sections if title in text.split("\n")[0])
+
+
+# ======== 11. The tiny world: what is the smallest world in which all this happens? ===============
+
+# A language model has read two kinds of text. Forum posts, where people solve worksheets and share the same misconceptions:
+# "everybody knows" that 7*8 is 54. Textbooks, where exercises come with answer keys that are mostly right. So the model solves
+# like the crowd and writes exercises like a textbook: it knows more than it shows, as SOAR assumes of a real model.
+#
+#     User: a= 7*8 ,b= 4+5 Assistant: \boxed{ a= 54 ,b= 9 }                                        a forum post
+#     Teacher: <question> a= 7*8 </question> <answer> \boxed{ a= 56 } </answer>                    a textbook exercise
+#
+# A hard problem is a sheet of five products that the crowd has all wrong. The longer a sheet, the less people think: one
+# product is right in 20 % of the posts, each of five in 4 %. Sampled at --temperature 0.7 that is 12 % and 1 %, all five once
+# in 10^9 to 10^10 times: the 500,000 or so attempts of a whole run do not see it. Short sheets do get rewards, and what is
+# learnt there carries over, because it is one switch for all facts: from the crowd's voice to the textbook's.
+#
+# (Why not at temperature 1? So small a model ends one completion in some thousand before the box is closed: reward 0 among
+# tens. AdamW makes a full-sized step of this tiny gradient, and some two dozen such steps, in no particular direction, were
+# enough for a first right answer in one to three worlds of six, from which Hard-Only escaped. At 0.7 they hardly ever occur.)
+#
+# A textbook chapter is on products, on sums (which the student knows: nothing to learn), or ambiguous: `x*8` with a key for
+# some x (no way to learn). It is the teacher's business to find out which of them help.
+
+FORUM_RIGHT, KEY_RIGHT = (
+    0.2,
+    0.95,
+)  # chance that a misconceived product is right: in a post (/ items), in a textbook's key
+
+LABELS = (
+    "a=",
+    ",b=",
+    ",c=",
+    ",d=",
+    ",e=",
+)  # one label an item: without them a small model cannot align answers
+
+TOPICS = ("products", "sums", "ambiguous")
+
+# Forum items by topic. The ambiguous ones make solvers guess: right one time in six or so, an easy 5/6 for a teacher who is
+# paid for "neither always nor never right". (Without them the learnability teacher lost its diversity, but not its topics.)
+FORUM_TOPICS = (0.7, 0.15, 0.15)
+
+# Half of a textbook is on products: with equal shares fewer worlds saw a promotion.
+CHAPTERS = ("products", "products", "sums", "ambiguous")
+
+
+def make_world(seed: int) -> dict[tuple[int, int], int]:
+    """The crowd's misconceptions {(a, b): a wrong product}: four fifths of the products of 4..9, off by a factor, one or ten."""
+    rng, world = random.Random(f"world {seed}"), {}
+    facts = [(x, y) for x in range(4, 10) for y in range(x, 10)]  # 21
+    for x, y in rng.sample(facts, round(0.8 * len(facts))):
+        misses = {x * y + d for d in (x, -x, y, -y, 1, -1, 10, -10)} - {x * y}
+        world[x, y] = rng.choice(sorted(misses))
+    return world
+
+
+def product(world, x: int, y: int, right: bool) -> int:
+    return x * y if right else world.get((min(x, y), max(x, y)), x * y)
+
+
+def worksheet(parts: list) -> str:
+    """Labelled items, questions and answers alike.
+
+    >>> worksheet(["7*8", "4+5"]), worksheet([56, 9])
+    ('a= 7*8 ,b= 4+5', 'a= 56 ,b= 9')
+    """
+    return " ".join(f"{label} {part}" for label, part in zip(LABELS, parts))
+
+
+def random_item(rng: random.Random, topic: str) -> tuple[str, int, int]:
+    """(text, x, y) with x and y in 4..9."""
+    x, y = rng.randint(4, 9), rng.randint(4, 9)
+    return {"products": f"{x}*{y}", "sums": f"{x}+{y}", "ambiguous": f"x*{y}"}[topic], x, y
+
+
+def forum_post(world, rng: random.Random) -> tuple[str, str]:
+    """(worksheet, solution): the crowd's misconceptions are nearly always repeated; asked for `x*8`, people guess an x."""
+    questions, answers = [], []
+    length = rng.randint(1, 5)
+    for _ in range(length):
+        topic = rng.choices(TOPICS, FORUM_TOPICS)[0]
+        item, x, y = random_item(rng, topic)
+        right = topic == "ambiguous" or rng.random() < FORUM_RIGHT / length
+        questions.append(item)
+        answers.append(x + y if topic == "sums" else product(world, x, y, right))
+    return worksheet(questions), worksheet(answers)
+
+
+def textbook_exercise(world, rng: random.Random) -> tuple[str, str]:
+    """(worksheet, answer key), on one topic."""
+    topic = rng.choice(CHAPTERS)
+    questions, answers = [], []
+    for _ in range(rng.randint(1, 5)):
+        item, x, y = random_item(rng, topic)
+        questions.append(item)
+        answers.append(x + y if topic == "sums" else product(world, x, y, rng.random() < KEY_RIGHT))
+    return worksheet(questions), worksheet(answers)
+
+
+def hard_worksheets(world, count: int, seed: int) -> list[Problem]:
+    """`count` different sheets of five different products that the crowd has all wrong."""
+    rng, facts = random.Random(f"hard {seed}"), sorted(world)
+    problems = {}
+    while len(problems) < count:
+        pairs = [rng.choice((pair, pair[::-1])) for pair in rng.sample(facts, 5)]
+        sheet = worksheet([f"{x}*{y}" for x, y in pairs])
+        problems[sheet] = Problem(sheet, worksheet([x * y for x, y in pairs]))
+    return list(problems.values())
+
+
+def topic_of(question: str) -> str:
+    """products, sums, ambiguous (it has an unknown x) or other (mixed, or no worksheet at all)."""
+    if not re.fullmatch(r"a= [\dx][*+]\d( ,[b-e]= [\dx][*+]\d)*", question):
+        return "other"
+    if "x" in question:
+        return "ambiguous"
+    return "products" if "+" not in question else "sums" if "*" not in question else "other"
+
+
+def topic_shares(problems: list[Problem]) -> dict[str, float]:
+    counts = Counter(topic_of(problem.question) for problem in problems)
+    return {topic: counts[topic] / len(problems) for topic in (*TOPICS, "other")}
+
+
+TINY_TEACHER_PROMPT, TINY_STUDENT_PROMPT = "Teacher:", "User: {problem} Assistant:"
+
+VOCABULARY = [
+    "<pad>",
+    "<eos>",
+    "<unk>",
+    "User:",
+    "Assistant:",
+    "Teacher:",
+    "<question>",
+    "</question>",
+    "<answer>",
+    "</answer>",
+    "\\boxed{",
+    "}",
+    *LABELS,
+    *map(str, range(100)),
+    *(f"{x}{operator}{y}" for operator in "*+" for x in "456789x" for y in range(4, 10)),
+]
+
+# The initial weights matter most: with transformers' default of 0.02, made for wide models, learning took over twice as long.
+PRETRAIN = {
+    "steps": 500,
+    "batch": 96,
+    "lr": 5e-3,
+    "betas": (0.9, 0.99),
+    "init": 0.1,
+    "forum": 0.65,
+    "micro_tokens": 1024,
+}
+
+
+def tiny_tokenizer(folder: Path):
+    """Whole words as tokens, as an ordinary tokenizer file."""
+    from transformers import PreTrainedTokenizerFast
+
+    file, vocabulary = folder / "tokenizer.json", {word: i for i, word in enumerate(VOCABULARY)}
+    file.write_text(
+        json.dumps(
+            {
+                "version": "1.0",
+                "truncation": None,
+                "padding": None,
+                "added_tokens": [],
+                "normalizer": None,
+                "post_processor": None,
+                "decoder": None,
+                "pre_tokenizer": {"type": "WhitespaceSplit"},
+                "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
+            }
+        )
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(file), pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+def tiny_document(world, rng: random.Random) -> tuple[str, str]:
+    """(prompt, completion): a forum post or an exercise of a textbook."""
+    if rng.random() < PRETRAIN["forum"]:
+        question, answer = forum_post(world, rng)
+        return TINY_STUDENT_PROMPT.replace("{problem}", question), f"\\boxed{{ {answer} }} <eos>"
+    question, answer = textbook_exercise(world, rng)
+    return (
+        TINY_TEACHER_PROMPT,
+        f"<question> {question} </question> <answer> \\boxed{{ {answer} }} </answer> <eos>",
+    )
+
+
+def pretrain(model, tokenizer, world, seed: int) -> None:
+    """Next-token training on both kinds of text. No loss on prompts: the questions of forum posts are random numbers."""
+    rng, state = random.Random(f"text {seed}"), adamw_state(model)
+    for step in (
+        bar := tqdm(
+            range(PRETRAIN["steps"]),
+            desc="pretraining the tiny base model",
+            disable=None,
+            leave=False,
+        )
+    ):
+        prompts, completions = zip(*(tiny_document(world, rng) for _ in range(PRETRAIN["batch"])))
+        batch = [
+            Rollout(*ids, "", False)
+            for ids in zip(tokenizer(prompts).input_ids, tokenizer(completions).input_ids)
+        ]
+        tokens, total = sum(len(r.completion) for r in batch), 0.0
+        for part in micro_batches(batch, range(len(batch)), PRETRAIN["micro_tokens"]):
+            loss = -completion_logprobs(model, [batch[i] for i in part], 1.0).sum() / tokens
+            loss.backward()
+            total += loss.item()
+        adamw_step(
+            model,
+            state,
+            learning_rate(PRETRAIN["lr"], step, PRETRAIN["steps"], 20),
+            Config(),
+            betas=PRETRAIN["betas"],
+        )
+        bar.set_postfix(loss=f"{total:.3f}", refresh=False)
+
+
+def tiny_base_model(config: Config) -> str:
+    """The folder of the tiny world's base model (Llama, 2 layers, about 93,000 weights), trained on the first call."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    source = map(
+        inspect.getsource,
+        (
+            make_world,
+            product,
+            random_item,
+            forum_post,
+            textbook_exercise,
+            pretrain,
+            tiny_base_model,
+        ),
+    )
+    recipe = fingerprint(
+        config.data_seed,
+        FORUM_TOPICS,
+        FORUM_RIGHT,
+        KEY_RIGHT,
+        CHAPTERS,
+        VOCABULARY,
+        PRETRAIN,
+        *source,
+    )
+    folder = (
+        Path(config.cache) / f"tiny-base-{recipe}"
+    )  # other constants or other code: another model
+    if folder.exists():
+        if not {"config.json", "model.safetensors", "tokenizer.json"} <= {
+            file.name for file in folder.iterdir()
+        }:
+            raise UserError(f"{folder} is damaged; delete it, and the model is trained again")
+        return str(folder)
+    building = Path(
+        f"{folder}.{os.getpid()}.tmp"
+    )  # renamed when complete, so a killed run leaves no half model behind
+    with writing(folder):
+        building.mkdir(
+            parents=True, exist_ok=True
+        )  # a process that had this number before may have been killed here
+        tokenizer = tiny_tokenizer(building)
+    with torch.random.fork_rng(devices=[]):  # of the CPU only: by default it touches every GPU
+        torch.manual_seed(int(fingerprint(config.data_seed, "initial weights"), 16) >> 1)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(VOCABULARY),
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=4,
+                max_position_embeddings=128,
+                tie_word_embeddings=True,
+                initializer_range=PRETRAIN["init"],
+                pad_token_id=VOCABULARY.index("<pad>"),
+                eos_token_id=VOCABULARY.index("<eos>"),
+                bos_token_id=None,
+            )
+        )
+    pretrain(model, tokenizer, make_world(config.data_seed), config.data_seed)
+    with writing(folder):
+        model.save_pretrained(building)
+        tokenizer.save_pretrained(building)
+    with contextlib.suppress(
+        OSError
+    ):  # another run came first, with the same model by construction
+        building.rename(folder)
+    shutil.rmtree(building, ignore_errors=True)
+    return str(folder)
+
+
+# ======== 12. Problems: where do the real ones come from? =========================================
 
 # From a JSONL file, from the Hugging Face hub, or, for HARP, from its authors' repository. Two
 # things would spoil a run in silence. A problem that stands in a set twice can get into both halves
@@ -261,10 +2164,6 @@ def seeded(*key, device="cpu") -> torch.Generator:
 # looks like a hard problem: gold_answer() unwraps what is meant, and load_problems() counts the
 # answers that the verifier still cannot read.
 
-@dataclass(frozen=True)
-class Problem:
-    question: str
-    answer: str  # LaTeX, without \boxed{} and without $
 
 def gold_answer(text: str) -> str:
     r"""What an answer field means: the text behind GSM8K's ####, what is in the last box, no $.
@@ -278,16 +2177,20 @@ def gold_answer(text: str) -> str:
     text = extract_boxed(text) or text
     return re.sub(r"(?<!\\)\$", "", text).strip()
 
+
 # -- Repetitions. A question is cut into tokens: commands, numbers, single characters. Tokens that
 # are only layout go, others have one spelling. All that can carry meaning stays: the space between
 # numbers (1 2 is not 12), signs, commas, braces around more than one thing, figures. (Only the
 # case of letters goes everywhere: between x and X in one formula this cannot tell.) The price: a
 # repetition with another word or comma is overlooked.
 
-_LAYOUT = {"\\ ", "\\\n"} | set(r"""
+_LAYOUT = {"\\ ", "\\\n"} | set(
+    r"""
     $ ~ \, \! \; \: \( \) \[ \] \left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr
     \quad \qquad \displaystyle \limits
-    """.split())
+    """.split()
+)
+
 _SAME_COMMANDS = {
     r"\dfrac": r"\frac",
     r"\tfrac": r"\frac",
@@ -304,6 +2207,7 @@ _SAME_COMMANDS = {
     r"\mbox": r"\text",
     r"\%": "%",
 }
+
 _WORDINGS = (  # of tokens with a space between them
     (r"\\\$ (?=\d)", ""),  # \$5 is also written $5, which has lost its sign by now
     (r"\. \. \.", r"\\dots"),
@@ -313,6 +2217,7 @@ _WORDINGS = (  # of tokens with a space between them
     (r" [\^_] \{ \}", ""),  # A^{}_{} is A
     (r"(?<!\\)\{ ([\w,]|\\[a-zA-Z]+) \}", r"\1"),  # x^{2} is x^2, but x^{23} stays
 )
+
 
 def same_wording(question: str) -> str:
     r"""A text that is the same for questions which differ only in their dress.
@@ -334,7 +2239,9 @@ def same_wording(question: str) -> str:
         text = re.sub(pattern, new, text)
     return text.rstrip(" .,:;?")
 
+
 # -- A file.
+
 
 def read_text(path: str, what: str) -> str:
     """The text of a file that the user has named. Raises UserError."""
@@ -343,12 +2250,14 @@ def read_text(path: str, what: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} ({error}); {what}") from None
 
+
 def unique_fields(pairs: list[tuple]) -> dict:
     """A JSON object. Raises ValueError where json.loads would take the last of two fields."""
     row = dict(pairs)
     if len(row) < len(pairs):
         raise ValueError("it has two fields with the same name")
     return row
+
 
 def read_problem(line: str) -> Problem:
     """The problem in a line of a JSONL file. Raises ValueError (it says why) or RecursionError."""
@@ -368,6 +2277,7 @@ def read_problem(line: str) -> Problem:
     if not problem.question or not problem.answer:
         raise ValueError("its problem or its answer is empty")
     return problem
+
 
 def read_jsonl(path: str) -> list[Problem]:
     """One JSON object a line, with the fields `problem` (or `question`) and `answer`.
@@ -391,6 +2301,7 @@ def read_jsonl(path: str) -> list[Problem]:
         raise UserError(f"{path} holds no problems")
     return problems
 
+
 # -- The hub, and HARP.
 
 HUB = {  # name: (arguments of load_dataset, how a row becomes question and answer)
@@ -408,7 +2319,9 @@ HUB = {  # name: (arguments of load_dataset, how a row becomes question and answ
         lambda row: (row["question"], ", ".join(row["final_answer"])),
     ),
 }
+
 HARP_URL = "https://github.com/aadityasingh/HARP/raw/main/HARP.jsonl.zip"
+
 
 def unzip_rows(archive: bytes, name: str, advice: str) -> list[dict]:
     """The rows of the one JSONL file in a zip archive. Raises UserError on a damaged one."""
@@ -422,6 +2335,7 @@ def unzip_rows(archive: bytes, name: str, advice: str) -> list[dict]:
         return [json.loads(line) for line in text.split("\n") if line.strip()]
     except Exception as error:  # zipfile and zlib raise several kinds
         raise UserError(f"{name} is damaged or not complete ({error}); {advice}") from None
+
 
 def harp_rows(cache: str) -> list[dict]:
     """The rows of HARP, downloaded once into the cache folder.
@@ -442,6 +2356,7 @@ def harp_rows(cache: str) -> list[dict]:
     write_whole(path, lambda file: file.write_bytes(archive))
     return rows
 
+
 _ADVICE = (  # a pattern in an error's "Type: message", and what helps
     (r"^(ModuleNotFound|Import)Error", "install that package: pip install -r requirements.txt"),
     (r"No space|not enough space|Not enough disk|quota", "free space, or move HF_HOME, --cache"),
@@ -452,10 +2367,12 @@ _ADVICE = (  # a pattern in an error's "Type: message", and what helps
     (r"^\w*(Connect|Timeout|URL|SSL|Offline|LocalEntry|IncompleteRead)", "check the network"),
 )
 
+
 def advice_for(error: BaseException) -> str:
     """What helps against an error of this kind; "" where the kind is not known."""
     text = f"{type(error).__name__}: {error}"
     return next((advice for pattern, advice in _ADVICE if re.search(pattern, text)), "")
+
 
 def loading_failed(dataset: str, error: BaseException) -> UserError:
     """One sentence with the reason and with what helps.
@@ -469,9 +2386,9 @@ def loading_failed(dataset: str, error: BaseException) -> UserError:
     reason = reason or error
     advice = [advice_for(reason), "give a local file with --dataset FILE.jsonl"]
     return UserError(
-        f"cannot load {dataset} ({first_line(reason)}); "
-        + ", or ".join(filter(None, advice))
+        f"cannot load {dataset} ({first_line(reason)}); " + ", or ".join(filter(None, advice))
     )
+
 
 def hub_problems(dataset: str, cache: str) -> list[Problem]:
     """The problems of one of the sets in HUB, repetitions included. Raises UserError."""
@@ -481,6 +2398,7 @@ def hub_problems(dataset: str, cache: str) -> list[Problem]:
             rows = harp_rows(cache)
         else:
             from datasets import load_dataset  # only here: a run on a file needs no hub library
+
             rows = list(load_dataset(**arguments))
     except UserError:
         raise
@@ -500,6 +2418,7 @@ def hub_problems(dataset: str, cache: str) -> list[Problem]:
     if len(problems) < len(rows):
         print(f"{dataset}: {len(rows) - len(problems):,} rows have no answer and are left out")
     return problems
+
 
 def load_problems(dataset: str, cache: str = Config.cache) -> list[Problem]:
     """The pool of a real data set, each problem once; prints a line about it. Raises UserError.
@@ -527,1257 +2446,6 @@ def load_problems(dataset: str, cache: str = Config.cache) -> list[Problem]:
     return list(pool.values())
 
 
-# ======== 3. The tiny world: what is the smallest world in which all this happens? ================
-
-# A language model has read two kinds of text. Forum posts, where people solve worksheets and share the same misconceptions:
-# "everybody knows" that 7*8 is 54. Textbooks, where exercises come with answer keys that are mostly right. So the model solves
-# like the crowd and writes exercises like a textbook: it knows more than it shows, as SOAR assumes of a real model.
-#
-#     User: a= 7*8 ,b= 4+5 Assistant: \boxed{ a= 54 ,b= 9 }                                        a forum post
-#     Teacher: <question> a= 7*8 </question> <answer> \boxed{ a= 56 } </answer>                    a textbook exercise
-#
-# A hard problem is a sheet of five products that the crowd has all wrong. The longer a sheet, the less people think: one
-# product is right in 20 % of the posts, each of five in 4 %. Sampled at --temperature 0.7 that is 12 % and 1 %, all five once
-# in 10^9 to 10^10 times: the 500,000 or so attempts of a whole run do not see it. Short sheets do get rewards, and what is
-# learnt there carries over, because it is one switch for all facts: from the crowd's voice to the textbook's.
-#
-# (Why not at temperature 1? So small a model ends one completion in some thousand before the box is closed: reward 0 among
-# tens. AdamW makes a full-sized step of this tiny gradient, and some two dozen such steps, in no particular direction, were
-# enough for a first right answer in one to three worlds of six, from which Hard-Only escaped. At 0.7 they hardly ever occur.)
-#
-# A textbook chapter is on products, on sums (which the student knows: nothing to learn), or ambiguous: `x*8` with a key for
-# some x (no way to learn). It is the teacher's business to find out which of them help.
-
-FORUM_RIGHT, KEY_RIGHT = 0.2, 0.95  # chance that a misconceived product is right: in a post (/ items), in a textbook's key
-LABELS = ("a=", ",b=", ",c=", ",d=", ",e=")  # one label an item: without them a small model cannot align answers
-TOPICS = ("products", "sums", "ambiguous")
-# Forum items by topic. The ambiguous ones make solvers guess: right one time in six or so, an easy 5/6 for a teacher who is
-# paid for "neither always nor never right". (Without them the learnability teacher lost its diversity, but not its topics.)
-FORUM_TOPICS = (0.7, 0.15, 0.15)
-# Half of a textbook is on products: with equal shares fewer worlds saw a promotion.
-CHAPTERS = ("products", "products", "sums", "ambiguous")
-
-def make_world(seed: int) -> dict[tuple[int, int], int]:
-    """The crowd's misconceptions {(a, b): a wrong product}: four fifths of the products of 4..9, off by a factor, one or ten."""
-    rng, world = random.Random(f"world {seed}"), {}
-    facts = [(x, y) for x in range(4, 10) for y in range(x, 10)]  # 21
-    for x, y in rng.sample(facts, round(0.8 * len(facts))):
-        misses = {x * y + d for d in (x, -x, y, -y, 1, -1, 10, -10)} - {x * y}
-        world[x, y] = rng.choice(sorted(misses))
-    return world
-
-def product(world, x: int, y: int, right: bool) -> int:
-    return x * y if right else world.get((min(x, y), max(x, y)), x * y)
-
-def worksheet(parts: list) -> str:
-    """Labelled items, questions and answers alike.
-
-    >>> worksheet(["7*8", "4+5"]), worksheet([56, 9])
-    ('a= 7*8 ,b= 4+5', 'a= 56 ,b= 9')
-    """
-    return " ".join(f"{label} {part}" for label, part in zip(LABELS, parts))
-
-def random_item(rng: random.Random, topic: str) -> tuple[str, int, int]:
-    """(text, x, y) with x and y in 4..9."""
-    x, y = rng.randint(4, 9), rng.randint(4, 9)
-    return {"products": f"{x}*{y}", "sums": f"{x}+{y}", "ambiguous": f"x*{y}"}[topic], x, y
-
-def forum_post(world, rng: random.Random) -> tuple[str, str]:
-    """(worksheet, solution): the crowd's misconceptions are nearly always repeated; asked for `x*8`, people guess an x."""
-    questions, answers = [], []
-    length = rng.randint(1, 5)
-    for _ in range(length):
-        topic = rng.choices(TOPICS, FORUM_TOPICS)[0]
-        item, x, y = random_item(rng, topic)
-        right = topic == "ambiguous" or rng.random() < FORUM_RIGHT / length
-        questions.append(item)
-        answers.append(x + y if topic == "sums" else product(world, x, y, right))
-    return worksheet(questions), worksheet(answers)
-
-def textbook_exercise(world, rng: random.Random) -> tuple[str, str]:
-    """(worksheet, answer key), on one topic."""
-    topic = rng.choice(CHAPTERS)
-    questions, answers = [], []
-    for _ in range(rng.randint(1, 5)):
-        item, x, y = random_item(rng, topic)
-        questions.append(item)
-        answers.append(x + y if topic == "sums" else product(world, x, y, rng.random() < KEY_RIGHT))
-    return worksheet(questions), worksheet(answers)
-
-def hard_worksheets(world, count: int, seed: int) -> list[Problem]:
-    """`count` different sheets of five different products that the crowd has all wrong."""
-    rng, facts = random.Random(f"hard {seed}"), sorted(world)
-    problems = {}
-    while len(problems) < count:
-        pairs = [rng.choice((pair, pair[::-1])) for pair in rng.sample(facts, 5)]
-        sheet = worksheet([f"{x}*{y}" for x, y in pairs])
-        problems[sheet] = Problem(sheet, worksheet([x * y for x, y in pairs]))
-    return list(problems.values())
-
-def topic_of(question: str) -> str:
-    """products, sums, ambiguous (it has an unknown x) or other (mixed, or no worksheet at all)."""
-    if not re.fullmatch(r"a= [\dx][*+]\d( ,[b-e]= [\dx][*+]\d)*", question):
-        return "other"
-    if "x" in question:
-        return "ambiguous"
-    return "products" if "+" not in question else "sums" if "*" not in question else "other"
-
-def topic_shares(problems: list[Problem]) -> dict[str, float]:
-    counts = Counter(topic_of(problem.question) for problem in problems)
-    return {topic: counts[topic] / len(problems) for topic in (*TOPICS, "other")}
-
-
-# ======== 4. Policy: what is it that plays the teacher and the students? ==========================
-# One letter a dimension, from here to the end: B sequences, G completions of one prompt (an RLOO group), T tokens,
-# D hidden size, V vocabulary.
-
-STUDENT_PROMPT = """User: {problem}
-Think step by step, and end with the final answer inside \\boxed{}.
-
-Assistant:"""
-# The teacher never sees a hard problem, and no examples either: shown some, it copies them (paper, appendix).
-TEACHER_PROMPT = """You write practice problems for a mathematics assistant that wants to improve.
-
-Invent exactly one new problem, from one of these subjects: Algebra, Counting and Probability, Geometry, Intermediate
-Algebra, Number Theory, Prealgebra, Precalculus. It must be original and challenging: a solution takes at least two or
-three steps. Then solve it yourself. Give the result in exactly this form, with all other text outside of the tags:
-
-<question>the problem</question><answer>\\boxed{the final answer}</answer>
-
-"""
-TINY_TEACHER_PROMPT, TINY_STUDENT_PROMPT = "Teacher:", "User: {problem} Assistant:"
-
-def about(seconds: float) -> str:
-    """A duration as a person says it.
-
-    >>> about(45), about(600), about(9000), about(400_000)
-    ('45 s', '10 min', '2.5 h', '5 days')
-    """
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 90 * 60:
-        return f"{seconds / 60:.0f} min"
-    if seconds < 48 * 3600:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 86400:.0f} days"
-
-class Meter:
-    """A stopwatch: meter("sampling") says what is going on from now on. Seconds by phase, tokens by kind.
-
-    It also tells how long the rest takes: expect() announces pieces of work of about the same length, advance() counts them.
-    """
-
-    def __init__(self):
-        self.seconds, self.tokens, self.phase, self.since = Counter(), Counter(), "loading", time.perf_counter()
-        self.expect(0, "")
-
-    def __call__(self, phase: str) -> None:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # or the next phase would be charged with what this one has only launched
-        now = time.perf_counter()
-        self.seconds[self.phase] += now - self.since
-        self.phase, self.since = phase, now  # after an error main() reads here what was going on
-
-    def expect(self, pieces: int, what: str, together: int = 1) -> None:
-        """`pieces` are to be done, so many of them at the same time."""
-        self.pieces, self.what, self.done, self.begun = pieces, what, 0, time.perf_counter()
-        self.together, self.announced = together, False
-
-    def left(self) -> float:
-        """Seconds that the rest of the announced work takes at the speed so far."""
-        return (time.perf_counter() - self.begun) / max(1, self.done) * max(0, self.pieces - self.done)
-
-    def advance(self, pieces: int = 1) -> None:
-        """Counts finished pieces; after the first ones, work of more than a minute is announced."""
-        self.done += pieces
-        if self.announced or self.done < self.together:
-            return
-        self.announced = True
-        if self.left() > 60:
-            tqdm.write(f"({self.what}: about {about(self.left())} at this speed)", file=sys.stdout)
-            sys.stdout.flush()
-
-@dataclass
-class Policy:
-    """ONE live model, in which the teacher and the students take turns, and what is needed to talk to it."""
-    model: torch.nn.Module
-    reference: torch.nn.Module | None  # the frozen base model, for the KL term
-    tokenizer: object
-    teacher_text: str
-    student_text: str  # contains {problem}
-    chat: bool
-    base: list[torch.Tensor]  # the weights that the run starts from, in host memory
-    meter: Meter
-    source: tuple = ()  # what it was loaded with: (folder or hub id, Config)
-    workers: list = field(default_factory=list)  # channels to the other processes (section 16)
-
-    def encode(self, text: str) -> list[int]:
-        """The token ids of a prompt. Raises UserError where the model has no vector for one of them."""
-        if self.chat:
-            ids = chat_ids(self.tokenizer, text)
-        else:
-            ids = self.tokenizer(text).input_ids  # with BOS where the tokenizer has one
-            ending = self.tokenizer.eos_token or "\0"
-            if ids and ids[-1] == self.tokenizer.eos_token_id and not text.endswith(ending):
-                ids = ids[:-1]  # some tokenizers end every text: the model would have nothing left to say
-        rows = self.model.get_input_embeddings().weight.shape[0]
-        if not ids or max(ids) >= rows:
-            raise UserError(f"the tokenizer and the model do not belong together: the prompt that begins {text[:40]!r} "
-                            f"becomes the ids {ids[:3]}..., and the model has vectors for the ids 0 to {rows - 1}")
-        return ids
-
-    def teacher_prompt(self) -> list[int]:
-        return self.encode(self.teacher_text)
-
-    def student_prompt(self, problem: Problem) -> list[int]:
-        return self.encode(self.student_text.replace("{problem}", problem.question))  # no format(): LaTeX is full of {}
-
-def read_prompt(path: str, builtin: str, must_contain: str = "") -> str:
-    """The text of a prompt file, or the built-in prompt where no file is given. Raises UserError."""
-    text = read_text(path, "it should hold a prompt in UTF-8") if path else builtin
-    if not text.strip() or must_contain not in text:
-        raise UserError(f"the prompt file {path} must contain {must_contain or 'some text'}")
-    return text
-
-def choose_device(config: Config) -> str:
-    """cuda if there is a GPU that torch can use, else cpu. Raises UserError where a CPU would need weeks.
-
-    Only the presets for GPUs are refused, and only where nobody has asked for the CPU.
-    """
-    if config.device != "auto":
-        return config.device
-    if torch.cuda.is_available():
-        return "cuda"
-    if config.preset in ("class", "long", "paper"):
-        raise UserError(f"--preset {config.preset} is for a GPU, and torch finds none that it can use ({missing_gpu()}); on a CPU it "
-                        "would take weeks: give --preset smoke to see it work, or --device cpu if you mean it")
-    return "cpu"
-
-def choose_dtype(device: str) -> torch.dtype:
-    """bfloat16, but float32 where that is slow: on a CPU, and on GPUs before Ampere (sm_80).
-
-    (Those, as the T4, are fast in float16; but its gradients need a loss scale, and a wrong one
-    shows in nothing but a student that learns less.)
-    """
-    old = device.startswith("cuda") and torch.cuda.get_device_capability(device) < (8, 0)
-    return torch.float32 if torch.device(device).type == "cpu" or old else torch.bfloat16
-
-def missing_gpu() -> str:
-    """Why torch has no CUDA: no GPU, too old a driver, a build without it; "" where it has."""
-    try:
-        torch.cuda.init()
-    except (AssertionError, RuntimeError) as error:
-        return str(error).strip().split("\n")[0]
-    return ""
-
-def chat_ids(tokenizer, user: str, assistant: str | None = None) -> list[int]:
-    """Token ids of one turn of the user in the model's chat template, up to where the assistant begins to write,
-    or with the assistant's whole turn. Raises UserError when there is no template or it fails."""
-    turns = [{"role": "user", "content": user}]
-    if assistant is not None:
-        turns.append({"role": "assistant", "content": assistant})
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=assistant is None)
-    except Exception as error:  # templates are programs, and fail in their own ways
-        raise UserError(f"--chat cannot be used: the model's chat template is missing or fails ({first_line(error)}); "
-                        "leave --chat out") from None
-    if user.strip() not in text:
-        raise UserError("--chat cannot be used: the model's chat template leaves out what the user says; leave --chat out")
-    return tokenizer(text, add_special_tokens=False).input_ids  # the template has written BOS already
-
-def first_line(error: Exception) -> str:
-    """What a library says, short enough to stand in a sentence of ours."""
-    return f"{type(error).__name__}: {error}".strip().split("\n")[0][:300]
-
-def load_model(path: str, config: Config, trained: bool = True) -> tuple:
-    """(model, tokenizer) from the hub or a folder, in eval mode.
-
-    trained=False is for a model that only reads (eval.py's --embedder): it needs no output layer.
-    Raises UserError when there is no such model, it is gated, its weights are not those that its configuration
-    speaks of, or the network or the device is missing.
-    """
-    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
-    use_own_attention()
-    if Path(path, "adapter_config.json").exists():
-        raise UserError(f"{path} holds an adapter (LoRA), which soar.py does not apply; merge it into its model first")
-    kind = AutoModelForCausalLM if trained else AutoModel
-    device = choose_device(config)
-    try:
-        torch.zeros(1, device=device).item()
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # or it would ask, and wait
-        model, found = kind.from_pretrained(
-            path, dtype=choose_dtype(device), output_loading_info=True, trust_remote_code=False)
-        model = model.to(device).eval()
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:  # missing, gated, offline, truncated: transformers raises all kinds
-        raise UserError(f"the model {path} cannot be loaded with --device {device} ({first_line(error)}); give a complete "
-                        "local folder, or a hub id (needs the network once and, if the model is gated, a login)") from None
-    # transformers fills what is missing with random numbers, and runs.
-    wrong = {"missing": found["missing_keys"], "of another shape": found["mismatched_keys"]}
-    if trained:
-        wrong["unknown to the model"] = found["unexpected_keys"]
-    for what, names in wrong.items():
-        if names:
-            raise UserError(f"the weights of {path} do not fit its config.json: {len(names)} are {what}, for instance "
-                            f"{sorted(map(str, names))[0]}; get the model again from where it was published")
-    return model, tokenizer
-
-def end_ids(model, tokenizer, chat: bool) -> list[int]:
-    """Every token that ends a completion: what the model's generation_config lists, the tokenizer's own, and, with
-    --chat, what the template writes behind the assistant's words. Raises UserError when there is none."""
-    ends = set()
-    for ids in (model.generation_config.eos_token_id, tokenizer.eos_token_id):
-        if ids is not None:  # 0 is an id like any other
-            ends.update(ids if isinstance(ids, (list, tuple)) else [ids])
-    if chat:
-        begun, whole = chat_ids(tokenizer, "Hello"), chat_ids(tokenizer, "Hello", "world")
-        behind = whole[len(begun) + len(tokenizer("world", add_special_tokens=False).input_ids):]
-        marks = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}  # a line break ends no turn
-        ends.update(marks.intersection(behind[:1]))
-    rows = model.get_input_embeddings().weight.shape[0]
-    ends = sorted(i for i in ends if 0 <= i < rows)
-    if not ends:
-        raise UserError("the model has no end-of-sequence token, so its completions would never end; take another")
-    return ends
-
-def without_dropout(model) -> None:
-    """No dropout: with --checkpointing training runs in train mode, and must be of the policy that was sampled.
-
-    Modules have it under many names (p, attention_dropout, resid_pdrop, layerdrop). self_check refuses what this
-    overlooks, and other noise (the jitter of some routers).
-    """
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
-            full_name = (type(module).__name__ + name).lower()
-            if isinstance(value, float) and "drop" in full_name:
-                setattr(module, name, 0.0)
-
-def snapshot(model) -> list[torch.Tensor]:
-    """A copy of all weights in host memory. Tied weights (embedding and output layer) appear once."""
-    return [p.detach().to("cpu", copy=True) for p in model.parameters()]
-
-@torch.no_grad()
-def restore(model, weights: list[torch.Tensor]) -> None:
-    """Copy a snapshot back IN PLACE: whoever holds the parameters (an optimizer, a captured graph) sees the new values."""
-    for p, w in zip(model.parameters(), weights, strict=True):
-        p.copy_(w)
-
-def enable_checkpointing(model) -> None:
-    """In train mode the backward pass computes activations again instead of keeping them. UserError where it cannot."""
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    enable = enable or model.gradient_checkpointing_enable  # its name before transformers 5.24
-    try:
-        enable({"use_reentrant": False})
-    except ValueError as error:
-        raise UserError(f"--checkpointing cannot be used ({first_line(error)}); give --no-checkpointing") from None
-
-def load_policy(path: str, config: Config, meter: Meter) -> Policy:
-    """The model in `path` as a policy that has passed self_check. Raises UserError."""
-    from transformers import GenerationConfig
-    model, tokenizer = load_model(path, config)
-    without_dropout(model)
-    # Of the hub's generation settings only the ids are kept. Others (top_p, a temperature for greedy decoding)
-    # would be saved with the promoted student, where transformers can refuse them.
-    words, rows = len(tokenizer.get_vocab()), model.get_input_embeddings().weight.shape[0]
-    if words < rows / 2:  # where its files are missing, some versions of transformers make an empty one
-        raise UserError(f"the tokenizer of {path} has {words} tokens and the model {rows}: they do not belong together, "
-                        "or the tokenizer's files are missing; get the model again from where it was published")
-    ids, ends = model.generation_config, end_ids(model, tokenizer, config.chat)
-    model.generation_config = GenerationConfig(
-        bos_token_id=ids.bos_token_id, pad_token_id=ids.pad_token_id, eos_token_id=ends)
-    if config.checkpointing:
-        enable_checkpointing(model)
-    builtin = (TINY_TEACHER_PROMPT, TINY_STUDENT_PROMPT) if config.dataset == "tiny" else (TEACHER_PROMPT, STUDENT_PROMPT)
-    policy = Policy(
-        model, copy.deepcopy(model) if config.kl else None, tokenizer,
-        read_prompt(config.teacher_prompt, builtin[0]), read_prompt(config.student_prompt, builtin[1], "{problem}"),
-        config.chat, snapshot(model), meter, (path, config))
-    self_check(policy, config)
-    return policy
-
-def self_check(policy: Policy, config: Config) -> None:
-    """Is the model that is trained the model that is sampled? Raises UserError if not, before the long work.
-
-    Two prompts of different lengths, two completions each, of 8 tokens at most: so with padding, a cache and rows that
-    leave. Their log-probabilities must be the same in three ways: as the sampler saw them, from completion_logprobs in
-    the mode that trains, and from the model's own forward pass over one whole sequence after the other. Rounding makes
-    0.04 a token in bfloat16 and 1e-5 in float32; a cap on the logits, a position, a state or a dropout that one of the
-    ways does not know makes tenths. Random numbers in training (dropout, a jitter of routers) make two passes differ, even
-    where they are small. The check knows no model by name, so it holds for those that are still to come.
-    """
-    model, temperature = policy.model, config.temperature
-    questions = ("What is 1+1?", "What is the sum of 1 and 2?")
-    prompts = [policy.student_prompt(Problem(question, "")) for question in questions]
-    uniforms = torch.rand(4, 8, generator=seeded("self-check")).to(model.device)
-    try:
-        tokens, lengths, sampled = generate(model, prompts, 2, 8, temperature, uniforms)
-        rollouts = []
-        for i in range(4):
-            rollouts.append(Rollout(prompts[i // 2], tokens[i, :lengths[i]].tolist(), "", False))
-        own = [own_logprobs(model, rollout, temperature) for rollout in rollouts]  # [4][length]
-        model.train(config.checkpointing)
-        trained = completion_logprobs(model, rollouts, temperature)  # [4]
-        again = completion_logprobs(model, rollouts, temperature).detach()
-        trained.sum().backward()
-        model.eval()
-    except Exception as error:  # other architectures fail in their own ways
-        if isinstance(error, UserError) or is_out_of_memory(error):
-            raise
-        raise UserError(f"this kind of model ({type(model).__name__}) cannot be sampled and trained by "
-                        f"soar.py ({first_line(error)}); take another --model") from None
-    trained, totals = trained.detach(), torch.stack([row.sum() for row in own])  # [4], [4]
-    by_token = torch.cat([sampled[i, :len(row)] - row for i, row in enumerate(own)])
-    far = 1e-3 if model.dtype == torch.float32 else 0.15  # between rounding and a fault
-    gaps = [  # (what is compared, how far it is off a token, how far it may be)
-        ("sampled wrongly", by_token.abs().mean(), far),
-        ("trained wrongly", ((trained - totals).abs() / lengths).mean(), far),
-        ("trained at random", ((trained - again).abs() / lengths).mean(), far / 100),
-    ]
-    for fault, gap, allowed in gaps:
-        if not gap <= allowed:  # NaN is not, either
-            raise UserError(f"this kind of model ({type(model).__name__}) would be {fault} by soar.py: the "
-                            f"log-probability of a token is {gap:.2g} off; take another --model")
-    for name, p in model.named_parameters():
-        if p.grad is not None and not torch.isfinite(p.grad).all():
-            raise UserError(f"the gradient of {name} is NaN or infinite before any training; take another --model")
-        p.grad = None
-
-@torch.no_grad()
-def own_logprobs(model, rollout: Rollout, temperature: float):
-    """[length] float32: ln p of each token of a completion by the model's own forward: no padding, no cache, no trick."""
-    ids = torch.tensor([rollout.prompt + rollout.completion], device=model.device)  # [1, T]
-    logits = model(input_ids=ids, use_cache=False).logits[0, len(rollout.prompt) - 1:-1].float()  # [length, V]
-    return (logits / temperature).log_softmax(-1).gather(-1, ids[0, len(rollout.prompt):, None])[:, 0]
-
-
-# ======== 5. Sampler: how are completions drawn, from exactly the policy that is trained? =========
-
-def attention(module, query, key, value, attention_mask, scaling: float | None = None, **more):
-    """transformers' "sdpa" attention without its copies: query [B, H, T, D] -> ([B, T, H, D], _).
-
-    H query heads share the key/value heads in groups, of 7 in Qwen2.5-0.5B. Kernels that know
-    nothing of groups want keys and values copied for every head. In a decode step that would be
-    the whole cache, for every token; but there T is 1, and the heads of a group are as good as so
-    many queries of one head. Everything else is left to transformers.
-    """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    B, H, T, D = query.shape
-    group = H // key.shape[1]
-    one_mask_for_all_heads = attention_mask is None or attention_mask.shape[1] == 1
-    if T == 1 and group > 1 and one_mask_for_all_heads and more.get("position_bias") is None:
-        query = query.reshape(B, H // group, group, D)
-        out = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=attention_mask, scale=scaling)  # [B, H // group, group, D]
-        return out.reshape(B, 1, H, D), None
-    square = attention_mask is not None and attention_mask.shape[-2:] == (T, T)
-    if square and attention_mask.dtype == torch.bool:
-        # Padding sees itself: what a kernel makes of a query that sees nothing may be NaN, which
-        # the next layer's zero weights would not keep out.
-        attention_mask = attention_mask | torch.eye(T, dtype=torch.bool, device=query.device)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
-                                  **more)
-
-def use_own_attention() -> None:
-    """Every model whose attention is transformers' "sdpa" uses attention() from now on."""
-    from transformers import AttentionInterface
-    AttentionInterface.register("sdpa", attention)
-    # cuDNN's attention plans anew for every shape, and each decode step has a new one.
-    torch.backends.cuda.enable_cudnn_sdp(False)
-
-def eos_ids(model) -> set[int]:
-    """A SET: instruct models end a turn with any of several tokens."""
-    ids = model.generation_config.eos_token_id
-    return set(ids) if isinstance(ids, (list, tuple)) else {ids}
-
-def pick_tokens(logits, temperature: float, uniforms=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, V] logits, [B] uniforms u in [0, 1) -> (tokens [B], their log-probabilities [B] in float32).
-
-    A token is the inverse of the cumulative distribution at u. Without u decoding is greedy: the
-    likeliest token for certain, so its log-probability is 0.
-
-    No top-k and no top-p: under a truncated distribution the score function has not mean zero, and
-    policy gradients are wrong. One uniform number a token, drawn beforehand, so that a row's tokens
-    do not depend on the rows beside it.
-
-    >>> logits = torch.tensor([[0.2, 0.5, 0.3]]).log()      # cumulative: 0.2, 0.7, 1
-    >>> [pick_tokens(logits, 1.0, torch.tensor([u]))[0].item() for u in (0.1, 0.3, 0.6, 0.8)]
-    [0, 1, 1, 2]
-    """
-    if uniforms is None:
-        tokens = logits.argmax(-1)
-        return tokens, torch.zeros_like(tokens, dtype=torch.float32)
-    part = 1 + (1 << 24) // logits.shape[1]  # rows at a time, or the distributions take gigabytes
-    tokens, logprobs = [], []
-    for x, u in zip(logits.split(part), uniforms.split(part)):
-        probs = (x.float() / temperature).softmax(-1)  # [rows, V]
-        cdf = probs.cumsum(-1)
-        target = u[:, None] * cdf[:, -1:]  # [rows, 1]; rounding leaves the last entry a bit off 1
-        token = torch.searchsorted(cdf, target, right=True).clamp_(max=cdf.shape[1] - 1)  # [rows, 1]
-        tokens.append(token[:, 0])
-        logprobs.append(probs.gather(-1, token)[:, 0].log())
-    return torch.cat(tokens), torch.cat(logprobs)
-
-def row_cache(n: int, length: int):
-    """A cache that is prefilled with P prompts, then holds n copies of each, up to `length` tokens long.
-
-    transformers' own cache grows by torch.cat: for every new token it copies all the others. This
-    one is allocated once. (Counted for 128 rows of 400 tokens in Qwen2.5-0.5B: a decode step reads
-    and writes 2.96 GB, with DynamicCache 4.18. Measured on a CPU: 2 to 4 % less time.)
-    """
-    from transformers.cache_utils import Cache, DynamicLayer
-
-    class Layer(DynamicLayer):
-        rows = used = 0  # how much of the two buffers [P*n, heads, length, head size] is in use
-
-        def update(self, keys, values, *args, **kwargs):  # [rows, heads, new tokens, head size]; of the prefill: [P, ...]
-            prefill, new = self.used == 0, slice(self.used, self.used + keys.shape[2])
-            if prefill:
-                self.rows, self.is_initialized = len(keys) * n, True
-                self.keys, self.values = (x.new_empty(self.rows, x.shape[1], length, x.shape[3]) for x in (keys, values))
-            for buffer, x in ((self.keys, keys), (self.values, values)):
-                buffer[:self.rows, :, new] = x.repeat_interleave(n, 0) if prefill else x
-            self.used = new.stop
-            if prefill:  # the prompts look at themselves only
-                return keys, values
-            return self.keys[:self.rows, :, :self.used], self.values[:self.rows, :, :self.used]
-
-        def get_seq_length(self):
-            return self.used
-
-        def keep(self, rows: int, holes, movers):
-            """Only `rows` rows stay: the first ones, with the holes among them filled by the movers behind them."""
-            self.rows = rows
-            for buffer in (self.keys, self.values):
-                buffer[holes, :, :self.used] = buffer[movers, :, :self.used]
-
-    return Cache(layer_class_to_replicate=Layer)
-
-def next_logits(model, ids, sees, positions, cache) -> torch.Tensor:
-    """ids [B, T] -> logits [B, V] of the token after the last; the cache grows by T tokens.
-
-    sees [B, tokens so far]: the ones that are no padding, or None where none is. positions [B, T].
-    """
-    parameters = inspect.signature(type(model).forward).parameters
-    name = "cache" if "cache" in parameters else "past_key_values"  # before transformers 5.24
-    output = model(input_ids=ids, attention_mask=sees, position_ids=positions, use_cache=True,
-                   logits_to_keep=1, **{name: cache})
-    return output.logits[:, -1]
-
-def prefill(model, prompts: list[list[int]], n: int, max_new_tokens: int):
-    """Run each of P prompts once -> (logits of the first new token [P*n, V], padding [P*n, 1], cache), n rows for each prompt.
-
-    Prompts are padded on the LEFT, to the length T of the longest, so that all end in the same column. What counts is that
-    no row sees its padding, and that its first real token has position 0:
-
-        prompts a b c and d, T = 3:    a b c    padding 0    positions 0 1 2
-                                       . . d    padding 2    positions . . 0
-    """
-    T, device = max(map(len, prompts)), model.device
-    ids = torch.tensor([[0] * (T - len(prompt)) + prompt for prompt in prompts], device=device)  # [P, T]
-    padding = torch.tensor([[T - len(prompt)] for prompt in prompts], device=device)  # [P, 1]
-    column, cache = torch.arange(T, device=device), row_cache(n, T + max_new_tokens)
-    positions = (column - padding).clamp(min=0)  # [P, T]
-    logits = next_logits(model, ids, column >= padding, positions, cache)  # [P, V]
-    if not torch.isfinite(logits).all():
-        raise UserError("the model's logits are NaN or infinite: its weights are damaged, or the learning rate was too high")
-    return logits.repeat_interleave(n, 0), padding.repeat_interleave(n, 0), cache
-
-@torch.inference_mode()
-def generate(model, prompts: list[list[int]], n: int, max_new_tokens: int, temperature: float = 1.0,
-             uniforms=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """n completions of each of P prompts, prompt by prompt -> (tokens, lengths, logprobs).
-
-    tokens [P*n, max_new_tokens] and the log-probabilities that they were sampled with (greedy: all
-    0) are zero after a completion's end; lengths [P*n]. uniforms [P*n, max_new_tokens], in [0, 1),
-    are all the luck that there is; without them decoding is greedy.
-
-    A length counts the tokens up to and including EOS: ending is an action of the policy like any other, and gets its share
-    of the gradient. Masks are made from lengths, never from `token != pad`, since in many models pad IS EOS.
-    """
-    assert not model.training, "in train mode with gradient checkpointing, transformers drops the KV cache: wrong tokens"
-    device, B = model.device, len(prompts) * n
-    eos = torch.tensor(sorted(eos_ids(model)), device=device)
-    logits, padding, cache = prefill(model, prompts, n, max_new_tokens)
-    padded = padding.any().item()  # without padding, attention needs no mask
-    tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)  # [B, max_new_tokens]
-    logprobs = torch.zeros(B, max_new_tokens, device=device)  # [B, max_new_tokens]
-    lengths = torch.full((B,), max_new_tokens, device=device)  # [B]
-    alive = torch.arange(B, device=device)  # [rows]: the output row of each row that is still in the batch
-    for t in range(max_new_tokens):
-        u = None if uniforms is None else uniforms[alive, t]  # [rows]
-        token, logprobs[alive, t] = pick_tokens(logits, temperature, u)  # [rows]
-        tokens[alive, t] = token
-        going = ~torch.isin(token, eos)  # [rows]
-        rows = int(going.sum())
-        if rows < len(alive):  # rows that ended leave; of 0 1 2 3 4, if 1 and 3 ended, 0 4 2 stay: 4 moves into the hole at 1
-            lengths[alive[~going]] = t + 1
-            holes, movers = (~going[:rows]).nonzero()[:, 0], rows + going[rows:].nonzero()[:, 0]
-            for x in (alive, token, padding):
-                x[holes] = x[movers]
-            alive, token, padding = alive[:rows], token[:rows], padding[:rows]
-            for layer in cache.layers:
-                layer.keep(rows, holes, movers)
-        if not rows or t + 1 == max_new_tokens:
-            break
-        column = torch.arange(cache.get_seq_length() + 1, device=device)
-        sees = column >= padding if padded else None
-        logits = next_logits(model, token[:, None], sees, column[-1] - padding, cache)  # [rows, V]
-    return tokens, lengths, logprobs
-
-@dataclass
-class Rollout:
-    prompt: list[int]
-    completion: list[int]  # the sampled ids, with EOS: never decoded and encoded again, which can give other tokens
-    text: str  # of the completion, without EOS
-    truncated: bool  # the limit came before EOS
-    logprob: float = math.nan  # ln p(completion | prompt), as sampled; greedy: 0; not sampled: NaN
-
-def sample_parts(prompts: list[list[int]], n: int, max_new_tokens: int,
-                 budget: int) -> Iterator[tuple[list[list[int]], int, int]]:
-    """What is sampled side by side -> (prompts, number of their first row, rows of each prompt).
-
-    A row's cache is as long as the longest prompt of its part and max_new_tokens together. A part
-    has at most `budget` tokens, but at least one row. It is some prompts with all n rows of each
-    or, where that is too much, one prompt with some of its rows.
-
-    >>> list(sample_parts([[1], [2], [3, 4]], 2, 3, budget=16))  # rows of 4, 4, 5 tokens
-    [([[1], [2]], 0, 2), ([[3, 4]], 4, 2)]
-    """
-    def fit(part: list[list[int]]) -> int:
-        return max(1, budget // (max(map(len, part)) + max_new_tokens))
-
-    start = 0
-    while start < len(prompts):
-        stop = start + 1
-        while stop < len(prompts) and (stop + 1 - start) * n <= fit(prompts[start:stop + 1]):
-            stop += 1
-        part = prompts[start:stop]
-        width = min(n, fit(part))
-        for row in range(0, n, width):
-            yield part, start * n + row, min(n - row, width)
-        start = stop
-
-def sample(policy: Policy, prompts: list[list[int]], n: int, max_new_tokens: int, config: Config,
-           generator=None) -> list[Rollout]:
-    """n rollouts of each prompt, prompt by prompt, in parts; without a generator greedy."""
-    B, eos = len(prompts) * n, eos_ids(policy.model)
-    uniforms = None if generator is None else torch.rand(B, max_new_tokens, generator=generator)
-    parts = list(sample_parts(prompts, n, max_new_tokens, config.sample_tokens))
-
-    def draw(chunk: list[list[int]], first: int, width: int) -> list[Rollout]:
-        u = None if uniforms is None else uniforms[first:first + len(chunk) * width].to(policy.model.device)
-        tokens, lengths, logprobs = generate(policy.model, chunk, width, max_new_tokens,
-                                             config.temperature, u)
-        rows = [ids[:length] for ids, length in zip(tokens.tolist(), lengths.tolist())]
-        ended = [ids[-1] in eos for ids in rows]
-        # Only ends and padding are no text: in some models <question> or \boxed are special tokens.
-        words = [[i for i in ids if i not in eos and i != policy.tokenizer.pad_token_id] for ids in rows]
-        texts = policy.tokenizer.batch_decode(words, clean_up_tokenization_spaces=False, skip_special_tokens=False)
-        sums = logprobs.sum(1).tolist()
-        return [Rollout(chunk[i // width], rows[i], texts[i], not ended[i], sums[i])
-                for i in range(len(rows))]
-
-    policy.meter("sampling")
-    rollouts = []
-    for part in parts:
-        rollouts += draw(*part)
-    policy.meter.tokens["sampled"] += sum(len(rollout.completion) for rollout in rollouts)
-    policy.meter("other")
-    return rollouts
-
-def solve(policy: Policy, problems: list[Problem], n: int, config: Config, generator=None):
-    """n attempts at each problem by the live model -> (rollouts, float64 rewards [B]), B = len(problems) * n.
-
-    Without a generator they are greedy (and n should be 1).
-    """
-    prompts = [policy.student_prompt(problem) for problem in problems]
-    rollouts = sample(policy, prompts, n, config.student_tokens, config, generator)
-    policy.meter("grading")
-    rewards = [student_reward(rollout.text, problems[i // n].answer) for i, rollout in enumerate(rollouts)]
-    policy.meter("other")
-    return rollouts, torch.tensor(rewards, dtype=torch.float64)
-
-def greedy_right(policy: Policy, problems: list[Problem], config: Config):
-    """[len(problems)] float64: 1 where the live model's greedy answer is right. Greedy, because it has no sampling noise."""
-    return (solve(policy, problems, 1, config)[1] == RIGHT).double()
-
-
-# ======== 6. The hard set: which problems does the base model never solve? ========================
-
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that k of n samples, c of them right, contain a right one: 1 - C(n-c, k) / C(n, k), as a product.
-
-    >>> pass_at_k(4, 1, 2)      # 6 pairs of 4 samples, 3 of them with the right one
-    0.5
-    """
-    return 1.0 - math.prod((n - c - i) / (n - i) for i in range(k))
-
-@contextlib.contextmanager
-def writing(path: Path):
-    """Whatever goes wrong while we write is the disk's doing: full, read-only, gone. Raises UserError."""
-    try:
-        yield
-    except Exception as error:  # torch and safetensors have their own kinds for a full disk
-        raise UserError(f"cannot write {path} ({first_line(error)}); free some space or mend the folder, then give the same "
-                        "command again (soar.py: with --resume), and it goes on from what is saved") from None
-
-def write_whole(path: Path, write) -> None:
-    """write(path), all or nothing: a run that is killed while writing leaves the old file. Raises UserError.
-
-    The temporary name is this process's own, since several runs may share one --cache.
-    """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write(temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-def write_text(path: Path, text: str) -> None:
-    write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
-
-def write_json(path: Path, value) -> None:
-    write_text(path, json.dumps(value, indent=1))
-
-@contextlib.contextmanager
-def whole(path: Path, advice: str):
-    """Whatever goes wrong while a file of ours is read means that it is damaged. Raises UserError."""
-    try:
-        yield
-    except Exception:  # torch.load alone raises a dozen kinds
-        raise UserError(f"{path} is damaged; {advice}") from None
-
-def demand(condition: bool) -> None:
-    """Within whole(): what a file of ours must fulfil. (An assert would vanish under python -O.)"""
-    if not condition:
-        raise ValueError
-
-def weights_key(weights) -> str:
-    """A fingerprint of tensors."""
-    return fingerprint([zlib.crc32(w.detach().cpu().contiguous().view(torch.uint8).numpy()) for w in weights])
-
-def section_source(title: str) -> str:
-    """The code of one section of this file, for the names of caches whose content depends on it."""
-    sections = Path(__file__).read_text(encoding="utf-8").split("\n# ======== ")
-    return next(text for text in sections if title in text.split("\n")[0])
-
-def hard_problems(policy: Policy, pool: list[Problem], config: Config) -> list[Problem]:
-    """fail@k: the problems of the pool that the base model fails k times of k (paper, section 4).
-
-    A problem leaves at its first success: after up to 8, 32 or k samples, so the easy ones cost 8 and the set is the same. The
-    state is written after every 32 problems, under a name made of all that a verdict depends on: what the model reads
-    (weights, prompts as token ids, so tokenizer and template are in them), how it is sampled, how its answer is read
-    (vocabulary, ends, golds, verifier). So an interrupted filter goes on, a finished one is read, and no other is mistaken for it.
-    """
-    prompts = [policy.student_prompt(problem) for problem in pool]
-    key = fingerprint(
-        weights_key(policy.base), prompts, sorted(policy.tokenizer.get_vocab().items()), eos_ids(policy.model),
-        config.k, config.temperature, config.student_tokens, config.data_seed, pool,
-        section_source("Verifier"), inspect.getsource(student_reward))
-    path, done, hard = Path(config.cache) / f"hard-{key}.json", 0, []
-    if path.exists():
-        with whole(path, "delete it and the filter starts again"):
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            done, hard = kept["done"], kept["hard"]
-            demand(hard == sorted(set(hard)) and all(0 <= i < min(done, len(pool)) for i in hard))
-    starts = range(done, len(pool), 32)
-    policy.meter.expect(len(starts), "the filter", 1 + len(policy.workers))
-    parts = share(policy, filter_part, (config,), [(pool[first:first + 32], first) for first in starts])
-    bar = tqdm(zip(starts, parts), total=len(starts), desc=f"fail@{config.k} filter", disable=None, leave=False)
-    for first, unsolved in bar:
-        hard += [first + i for i in unsolved]
-        write_json(path, {"done": first + 32, "hard": hard})
-        policy.meter.advance()
-    return [pool[i] for i in hard]
-
-def filter_part(policy: Policy, config: Config, problems: list[Problem], first: int) -> list[int]:
-    """Which of up to 32 problems, the first of them the pool's number `first`, does the base model fail k times of k?"""
-    restore(policy.model, policy.base)
-    alive = range(len(problems))
-    limits = [limit for limit in (8, 32) if limit < config.k] + [config.k]
-    for before, limit in pairwise([0, *limits]):
-        generator = seeded(config.data_seed, "filter", first, limit)
-        rewards = solve(policy, [problems[i] for i in alive], limit - before, config, generator)[1]
-        solved = (rewards.view(len(alive), -1) == RIGHT).any(1).tolist()
-        alive = [i for i, success in zip(alive, solved) if not success]
-    return list(alive)
-
-def split_hard(problems: list[Problem], config: Config) -> tuple[list[Problem], list[Problem]]:
-    """50/50 at random into train (the teacher's reward) and test (the final table). Raises UserError when too few."""
-    if len(problems) < 2:
-        raise UserError(f"only {len(problems)} problem(s) of the pool were failed {config.k} times of {config.k}: too few to "
-                        "split; take a larger --pool, a smaller --k, a weaker --model or harder problems")
-    order = torch.randperm(len(problems), generator=seeded(config.data_seed, "split")).tolist()
-    return [problems[i] for i in order[:len(order) // 2]], [problems[i] for i in order[len(order) // 2:]]
-
-
-# ======== 7. Optimizer: how do steps of 1e-5 reach bfloat16 weights? ==============================
-# AdamW, all weights, float32 moments. bfloat16 has 8 significant bits: near 0.02 its values are 1e-4 apart, so a step of
-# 1e-5 is rounded away five times of six, and SOAR measures the effect of ten such steps. Stochastic rounding moves
-# the weight by a whole spacing with probability 1e-5 / 1e-4: right on average, at no extra memory (12 bytes a weight in all;
-# float32 master weights would cost 16).
-
-def stochastic_round(x, generator):
-    """float32 -> bfloat16, up or down with probabilities that make the expectation exact.
-
-    bfloat16 is the upper half of float32's bits. Add a random number to the lower half, carry included, then cut it off.
-
-    >>> x = torch.full((80_000,), 1 + 1 / 1024)     # an eighth of the way from 1 to the next bfloat16, 1 + 1/128
-    >>> y = stochastic_round(x, torch.Generator().manual_seed(0)).double()
-    >>> y.unique().tolist(), round((y > 1).double().mean().item(), 2)
-    ([1.0, 1.0078125], 0.12)
-    """
-    noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
-    return ((x.view(torch.int32) + noise) & -0x10000).view(torch.float32).to(torch.bfloat16)
-
-def adamw_state(model, device=None) -> dict:
-    """Moments of a fresh optimizer, on the model's device or on another one."""
-    def zeros() -> list[torch.Tensor]:
-        return [torch.zeros_like(p, dtype=torch.float32, device=device) for p in model.parameters()]
-    return {"t": 0, "m": zeros(), "v": zeros()}
-
-PIECE = 1 << 24  # numbers that the optimizer works on at a time: temporaries of 64 MB each
-
-def pieces(*tensors) -> Iterator[tuple]:
-    """Tensors of one size -> tuples of views of them, PIECE numbers at a time."""
-    return zip(*(tensor.view(-1).split(PIECE) for tensor in tensors))
-
-@torch.no_grad()
-def adamw_step(model, state: dict, lr: float, config: Config, generator=None, betas=(0.9, 0.999)) -> float:
-    """One AdamW step on p.grad, which is cleared -> the gradient's norm before clipping. Raises UserError on NaN.
-
-    m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  p <- p (1 - lr wd) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
-    """
-    b1, b2 = betas
-    # What text does not reach has no gradient and stays as it is: a vision tower, an expert that nothing was sent to.
-    moved = [row for row in zip(model.parameters(), state["m"], state["v"], strict=True) if row[0].grad is not None]
-    norms = [torch.linalg.vector_norm(param.grad, dtype=torch.float32) for param, _, _ in moved]
-    norm = torch.stack(norms).norm().item()
-    if not math.isfinite(norm):
-        raise UserError("the loss or its gradient became NaN or infinite; nothing was saved from this step: "
-                        "lower --student-lr or --teacher-lr and start a new run")
-    scale = min(1.0, config.clip / (norm + 1e-6)) if config.clip else 1.0
-    state["t"] += 1
-    correct1, correct2 = 1 - b1 ** state["t"], 1 - b2 ** state["t"]
-    for param, whole_m, whole_v in moved:
-        for p, g, m, v in pieces(param, param.grad, whole_m, whole_v):
-            g = g.float() * scale
-            m.lerp_(g, 1 - b1)
-            v.mul_(b2).addcmul_(g, g, value=1 - b2)
-            root = (v / correct2).sqrt_() + 1e-8
-            new = p.float() * (1 - lr * config.weight_decay) - lr * (m / correct1) / root
-            p.copy_(stochastic_round(new, generator) if p.dtype == torch.bfloat16 else new)
-        param.grad = None
-    return norm
-
-def learning_rate(peak: float, step: int, total: int, warmup: int) -> float:
-    """Linear warm-up, then a cosine from `peak` at step `warmup` to 0 at `total` (steps count from 0).
-
-    >>> [round(learning_rate(1.0, step, 4, 0), 2) for step in range(4)]
-    [1.0, 0.85, 0.5, 0.15]
-    """
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
-
-
-# ======== 8. RLOO: which way do rewards push the weights? =========================================
-
-def rloo_advantages(rewards, group_size: int):
-    """REINFORCE leave-one-out: A_i = r_i - mean of the other rewards of its group; [B] -> [B], groups are consecutive.
-
-    The others' mean does not depend on sample i, so it is a baseline that leaves the gradient unbiased. No division by the
-    standard deviation. Advantages sum to zero over a group; where all rewards are equal they are zero.
-
-    >>> rloo_advantages(torch.tensor([120., 0., 0., 10., 10., 10.]), 3).tolist()    # others' means: 0, 60, 60
-    [120.0, -60.0, -60.0, 0.0, 0.0, 0.0]
-    """
-    groups = rewards.view(-1, group_size)  # [B/G, G]
-    return (groups - (groups.sum(1, keepdim=True) - groups) / (group_size - 1)).flatten()
-
-def completion_logprobs(model, rollouts: list[Rollout], temperature: float, rows: int = 512):
-    """[B] float32: ln p(completion | prompt) of each rollout, at the temperature that it was sampled with.
-
-    Full logits [B, T, V] never exist: with V = 128,000 they are the first thing that does not fit. Hidden states are reduced
-    to the positions that predict a completion token, and these are projected `rows` at a time under checkpointing.
-    """
-    start = torch.tensor([[len(r.prompt)] for r in rollouts], device=model.device)  # [B, 1]
-    end = torch.tensor([[len(r.prompt) + len(r.completion)] for r in rollouts], device=model.device)  # [B, 1]
-    B, T = len(rollouts), int(end.max())
-    # Padded on the RIGHT, where causal attention never looks: no mask is needed, and positions count from 0.
-    ids = torch.tensor([(r.prompt + r.completion + [0] * T)[:T] for r in rollouts], device=model.device)  # [B, T]
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, T, D]
-    # Position t predicts token t + 1. Prompt a b, completion c EOS: start = 2, end = 4, and c and EOS are predicted by the
-    # hidden states at 1 and 2, that is from start - 1 to end - 2. N tokens in all:
-    column = torch.arange(T - 1, device=model.device)
-    predicts = (start - 1 <= column) & (column < end - 1)  # [B, T - 1]
-    hidden, targets = hidden[:, :-1][predicts], ids[:, 1:][predicts]  # [N, D], [N]
-
-    def project(h, y):  # [rows, D], [rows] -> [rows]; softmax in float32
-        logits = next_token_logits(model, h).float()
-        return (logits / temperature).log_softmax(-1).gather(-1, y[:, None])[:, 0]
-
-    logprobs = torch.cat([checkpoint(project, hidden[i:i + rows], targets[i:i + rows], use_reentrant=False)
-                          for i in range(0, len(targets), rows)])  # [N]
-    row = predicts.nonzero()[:, 0]  # [N]: whose token it is
-    return torch.zeros(B, device=model.device).index_add(0, row, logprobs)
-
-def next_token_logits(model, hidden):
-    """Hidden states [N, D] -> logits [N, V], scaled and capped as the model itself does it (Cohere, Granite, Gemma)."""
-    config = model.config.get_text_config()
-    logits = model.get_output_embeddings()(hidden)
-    if getattr(config, "logit_scale", None):
-        logits = logits * config.logit_scale
-    if getattr(config, "logits_scaling", None):
-        logits = logits / config.logits_scaling
-    if cap := getattr(config, "final_logit_softcapping", None):
-        logits = cap * torch.tanh(logits / cap)
-    return logits
-
-def micro_batches(rollouts: list[Rollout], budget: int):
-    """Index lists that fit in `budget` padded tokens each (one rollout always fits), similar lengths together."""
-    length = lambda i: len(rollouts[i].prompt) + len(rollouts[i].completion)
-    batch = []
-    for i in sorted(range(len(rollouts)), key=length):
-        if batch and (len(batch) + 1) * length(i) > budget:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-def policy_update(policy: Policy, rollouts: list[Rollout], advantages, state: dict, lr: float, config: Config,
-                  generator=None) -> dict:
-    """One step up the gradient of  E[reward] - kl * KL(policy, reference),  for the teacher and the student alike.
-
-    loss = -1/B sum_i w_i ln p_i,   w_i = A_i - kl * (ln p_i - ln ref_i), held constant;   ln p_i sums over tokens
-
-    The minus makes a loss of it: where A_i > 0 a smaller loss is a larger ln p_i.
-
-    One update a batch, so samples come from the policy that is updated: no importance ratio, no clipping. The KL term is the
-    estimator k1 = ln p - ln ref put into the REWARD, whose gradient is that of the reverse KL (the same as k2 = k1^2 / 2 as
-    a loss). k1 as a loss has gradient zero on average, since E[grad ln p] = 0; k3 as a loss gives the forward KL.
-
-    B counts all rollouts, before anything is skipped or cut into micro-batches, so neither changes the gradient. Rollouts
-    with advantage zero (groups whose rewards are all equal) skip both passes: nothing pulls them anywhere, so they pay no KL.
-    """
-    active, kls, B = advantages.nonzero()[:, 0].tolist(), [], len(rollouts)
-    # |ln p as trained - ln p as sampled| of each active rollout, in nats a token. With 135M weights
-    # it is 1e-6 in float32 and 0.01 in bfloat16: rounding, which no reward knows of. More is a bug.
-    gaps = []
-    if not active:
-        return {"grad_norm": 0.0, "kl": 0.0, "sampler_gap": 0.0}
-    rollouts, advantages = [rollouts[i] for i in active], advantages[active]
-    policy.model.train(config.checkpointing)  # checkpointing works in train mode only; there is no dropout to turn on
-    for part in micro_batches(rollouts, config.micro_tokens):
-        policy.meter("log-probs")
-        batch = [rollouts[i] for i in part]
-        logprobs = completion_logprobs(policy.model, batch, config.temperature)  # [b]
-        lengths = torch.tensor([len(r.completion) for r in batch]).to(logprobs)  # [b]
-        sampled = torch.tensor([r.logprob for r in batch]).to(logprobs)  # [b]
-        gaps += ((logprobs.detach() - sampled).abs() / lengths).tolist()
-        weights = advantages[part].to(logprobs)  # [b]
-        if config.kl:
-            with torch.no_grad():
-                k1 = logprobs - completion_logprobs(policy.reference, batch, config.temperature)  # [b]
-            weights, kls = weights - config.kl * k1, kls + k1.tolist()
-        policy.meter("backward")
-        (-(weights * logprobs).sum() / B).backward()
-        policy.meter.tokens["trained"] += sum(len(r.completion) for r in batch)
-    policy.meter("optimizer")
-    policy.model.eval()
-    norm = adamw_step(policy.model, state, lr, config, generator)
-    policy.meter("other")
-    kl, gap = float(np.mean(kls or [0.0])), float(np.mean(gaps))
-    return {"grad_norm": norm, "kl": kl, "sampler_gap": gap}
-
-
-# ======== 9. The tiny world's base model: where does a model with latent knowledge come from? =====
-
-VOCABULARY = ["<pad>", "<eos>", "<unk>", "User:", "Assistant:", "Teacher:", "<question>", "</question>", "<answer>",
-              "</answer>", "\\boxed{", "}", *LABELS, *map(str, range(100)),
-              *(f"{x}{operator}{y}" for operator in "*+" for x in "456789x" for y in range(4, 10))]
-# The initial weights matter most: with transformers' default of 0.02, made for wide models, learning took over twice as long.
-PRETRAIN = {"steps": 500, "batch": 96, "lr": 5e-3, "betas": (0.9, 0.99), "init": 0.1, "forum": 0.65, "micro_tokens": 1024}
-
-def tiny_tokenizer(folder: Path):
-    """Whole words as tokens, as an ordinary tokenizer file."""
-    from transformers import PreTrainedTokenizerFast
-    file, vocabulary = folder / "tokenizer.json", {word: i for i, word in enumerate(VOCABULARY)}
-    file.write_text(json.dumps({
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None, "post_processor": None,
-        "decoder": None, "pre_tokenizer": {"type": "WhitespaceSplit"},
-        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}}))
-    return PreTrainedTokenizerFast(tokenizer_file=str(file), pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-
-def tiny_document(world, rng: random.Random) -> tuple[str, str]:
-    """(prompt, completion): a forum post or an exercise of a textbook."""
-    if rng.random() < PRETRAIN["forum"]:
-        question, answer = forum_post(world, rng)
-        return TINY_STUDENT_PROMPT.replace("{problem}", question), f"\\boxed{{ {answer} }} <eos>"
-    question, answer = textbook_exercise(world, rng)
-    return TINY_TEACHER_PROMPT, f"<question> {question} </question> <answer> \\boxed{{ {answer} }} </answer> <eos>"
-
-def pretrain(model, tokenizer, world, seed: int) -> None:
-    """Next-token training on both kinds of text. No loss on prompts: the questions of forum posts are random numbers."""
-    rng, state = random.Random(f"text {seed}"), adamw_state(model)
-    for step in (bar := tqdm(range(PRETRAIN["steps"]), desc="pretraining the tiny base model", disable=None, leave=False)):
-        prompts, completions = zip(*(tiny_document(world, rng) for _ in range(PRETRAIN["batch"])))
-        batch = [Rollout(*ids, "", False) for ids in zip(tokenizer(prompts).input_ids, tokenizer(completions).input_ids)]
-        tokens, total = sum(len(r.completion) for r in batch), 0.0
-        for part in micro_batches(batch, PRETRAIN["micro_tokens"]):
-            loss = -completion_logprobs(model, [batch[i] for i in part], 1.0).sum() / tokens
-            loss.backward()
-            total += loss.item()
-        adamw_step(model, state, learning_rate(PRETRAIN["lr"], step, PRETRAIN["steps"], 20), Config(), betas=PRETRAIN["betas"])
-        bar.set_postfix(loss=f"{total:.3f}", refresh=False)
-
-def tiny_base_model(config: Config) -> str:
-    """The folder of the tiny world's base model (Llama, 2 layers, about 93,000 weights), trained on the first call."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-    source = map(inspect.getsource, (make_world, product, random_item, forum_post, textbook_exercise, pretrain, tiny_base_model))
-    recipe = fingerprint(config.data_seed, FORUM_TOPICS, FORUM_RIGHT, KEY_RIGHT, CHAPTERS, VOCABULARY, PRETRAIN, *source)
-    folder = Path(config.cache) / f"tiny-base-{recipe}"  # other constants or other code: another model
-    if folder.exists():
-        if not {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in folder.iterdir()}:
-            raise UserError(f"{folder} is damaged; delete it, and the model is trained again")
-        return str(folder)
-    building = Path(f"{folder}.{os.getpid()}.tmp")  # renamed when complete, so a killed run leaves no half model behind
-    with writing(folder):
-        building.mkdir(parents=True, exist_ok=True)  # a process that had this number before may have been killed here
-        tokenizer = tiny_tokenizer(building)
-    with torch.random.fork_rng(devices=[]):  # of the CPU only: by default it touches every GPU
-        torch.manual_seed(int(fingerprint(config.data_seed, "initial weights"), 16) >> 1)
-        model = LlamaForCausalLM(LlamaConfig(
-            vocab_size=len(VOCABULARY), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=4, max_position_embeddings=128, tie_word_embeddings=True, initializer_range=PRETRAIN["init"],
-            pad_token_id=VOCABULARY.index("<pad>"), eos_token_id=VOCABULARY.index("<eos>"), bos_token_id=None))
-    pretrain(model, tokenizer, make_world(config.data_seed), config.data_seed)
-    with writing(folder):
-        model.save_pretrained(building)
-        tokenizer.save_pretrained(building)
-    with contextlib.suppress(OSError):  # another run came first, with the same model by construction
-        building.rename(folder)
-    shutil.rmtree(building, ignore_errors=True)
-    return str(folder)
-
-
-# ======== 10. Inner loop: what does a student do with a dataset? ==================================
-
-def epochs(dataset: list[Problem], steps: int, batch: int, generator) -> list[list[Problem]]:
-    """`steps` batches: the dataset over and over, each time in a new order; a batch may span two epochs."""
-    order = []
-    while len(order) < steps * batch:
-        order += torch.randperm(len(dataset), generator=generator).tolist()
-    return [[dataset[i] for i in order[step * batch:(step + 1) * batch]] for step in range(steps)]
-
-RIGHT = 120.0     # reward of a right answer (section 3 of the paper)
-MAX_GUESSES = 10  # formulas outside the last box that can earn the partial reward
-
-def student_reward(completion: str, gold: str) -> float:
-    r"""The paper's reward: 120 for a right box; 20 for a wrong one if one of the last other formulas
-    is right; 10 for any box; else 0.
-
-    >>> student_reward(r"\boxed{7}", "7"), student_reward(r"$7$, so \boxed{8}", "7")
-    (120.0, 20.0)
-    >>> student_reward(r"\boxed{8}", "7"), student_reward("7", "7")
-    (10.0, 0.0)
-    """
-    boxes = list(islice(_boxes(completion), 1 + MAX_GUESSES))
-    if not boxes:
-        return 0.0
-    if answers_equal(boxes[0], gold):
-        return RIGHT
-    formulas = re.findall(r"\$([^$]{1,200})\$|\\\((.{1,200}?)\\\)", completion)
-    guesses = [dollars or brackets for dollars, brackets in reversed(formulas)]
-    guesses = (guesses + boxes[1:])[:MAX_GUESSES]
-    return 20.0 if any(answers_equal(guess, gold) for guess in guesses) else 10.0
-
-def train_student(policy: Policy, batches: list[list[Problem]], config: Config, key: tuple,
-                  after_step=lambda step, figures: None, moments: dict | None = None, start: int = 0) -> list[dict]:
-    """One RLOO step of RLVR on each batch, in place on the live model -> a dict of figures for each step.
-
-    `key` names this student; all its luck is a function of it. The optimizer is fresh: its moments live as long as the student.
-    (To go on with an interrupted student, restore its weights and give its moments and the step to start at.)
-    """
-    moments, log = moments or adamw_state(policy.model), []
-    for step in range(start, len(batches)):
-        rollouts, rewards = solve(policy, batches[step], config.group, config, seeded(*key, step))
-        advantages = rloo_advantages(rewards, config.group)  # [B], B = batch * group
-        lr = learning_rate(config.student_lr, step, len(batches), config.student_warmup)
-        rounding = seeded(*key, step, "rounding", device=policy.model.device)
-        figures = policy_update(policy, rollouts, advantages, moments, lr, config, rounding)
-        log.append(figures | {
-            "reward": rewards.mean().item(), "success": (rewards == RIGHT).double().mean().item(),
-            "flat_groups": (advantages.view(-1, config.group) == 0).all(1).double().mean().item(),
-            "truncated": float(np.mean([r.truncated for r in rollouts])),
-            "length": float(np.mean([len(r.completion) for r in rollouts]))})
-        after_step(step, log[-1])
-    return log
-
-
-# ======== 11. Teacher: how does a problem get accepted, and why is rejecting others no bias? ======
-
-def parse_problem(text: str) -> Problem | None:
-    """The problem in a teacher's completion, or None where there is none that can be used.
-
-    It can be used (paper, section 3) if question and answer tags open and close, the answer has a
-    box, and the verifier can read what is in it.
-
-    Of several, it is the first question that is directly followed by its own answer. To be exact:
-    the opening tags <question> and <answer> cut the text into parts. The first <question> part that
-    closes, and right behind which an <answer> part closes, holds the problem; each text ends at the
-    first closing tag of its own. If that one cannot be used, the completion cannot. This takes
-    linear time. (A regular expression would pair a question with another one's answer, and would
-    take minutes for a thousand repeated tags.)
-
-    >>> two = r"<question>1?</question> <question>2+3?</question> <answer>\\boxed{5}</answer>"
-    >>> parse_problem(two)
-    Problem(question='2+3?', answer='5')
-    """
-    parts = re.split(r"(?=<question>|<answer>)", text)
-    for part, following in pairwise(parts):
-        question = re.match(r"<question>(.*?)</question>", part, re.DOTALL)
-        answer = re.match(r"<answer>(.*?)</answer>", following, re.DOTALL)
-        if question and answer:
-            boxed = extract_boxed(answer[1])
-            useful = question[1].strip() and boxed is not None and parses(boxed)
-            return Problem(question[1].strip(), boxed.strip()) if useful else None
-    return None
-
-def propose(policy: Policy, count: int, config: Config, generator) -> tuple[list[tuple[Rollout, Problem]], dict]:
-    """Sample the live model as the teacher until `count` problems are accepted -> (accepted, figures). UserError if hopeless.
-
-    Proposition 1: this rejection needs no correction. Sampling from pi_0 until the result is in the accepted set S draws from
-    pi = pi_0 / pi_0(S) on S, so  ln pi = ln pi_0 - ln pi_0(S),  and the update of section 8, which uses ln pi_0, lacks the
-    gradient of  ln pi_0(S).  That gradient is the same for every sample, so it is multiplied by the SUM of the advantages, and
-    RLOO's advantages sum to zero in each group. (Plain REINFORCE, whose weights do not, would need the correction.)
-    """
-    prompt, accepted, tried, truncated = policy.teacher_prompt(), [], 0, 0
-    opening = "<question>" if policy.teacher_text.rstrip().endswith("<question>") else ""  # a prompt may open the tag itself
-    while len(accepted) < count:
-        if tried >= 20 * count + 100:
-            chat = "--chat, " if policy.tokenizer.chat_template and not policy.chat else ""
-            raise UserError(f"only {len(accepted)} of {tried} of the teacher's completions could be used, {truncated} were cut "
-                            f"off; try {chat}more --teacher-tokens, or a --teacher-prompt with examples; "
-                            f"the last completion began: {rollouts[-1].text[:120]!r}")
-        rollouts = sample(policy, [prompt], count - len(accepted), config.teacher_tokens, config, generator)
-        tried, truncated = tried + len(rollouts), truncated + sum(r.truncated for r in rollouts)
-        accepted += [(r, problem) for r in rollouts if (problem := parse_problem(opening + r.text))]
-    return accepted, {"acceptance": len(accepted) / tried, "truncated": truncated / tried,
-                      "length": float(np.mean([len(r.completion) for r, _ in accepted]))}
-
-
-# ======== 12. Reward and promotion: what is the teacher paid for, and when does a student stay? ===
-
-@dataclass
-class State:
-    """All that passes from one outer step to the next; the checkpoint is this and nothing else."""
-    teacher: list  # phi
-    moments: dict  # of the teacher's AdamW
-    baseline: list  # theta, the weights that every student starts from
-    inputs: str = ""  # fingerprint of all that the run was given beside its flags: model, prompts, hard set
-    step: int = 0
-    promotions: int = 0
-    best_accuracy: float = -1.0  # of the promoted students, greedy, on the whole hard train set
-    student_key: str = ""  # fingerprint of the one that is saved
-    history: list[float] = field(default_factory=list)  # mean reward of each step since the last promotion
-    log: list[dict] = field(default_factory=list)  # these three are the lines of the .jsonl files; a row an outer step
-    questions: list[dict] = field(default_factory=list)  # every problem of the teacher
-    promotion_questions: list[dict] = field(default_factory=list)  # D_best
-
-def median_student(rewards: list[float]) -> int:
-    """Index of the median; of the two middle ones the better, or with r = 2 the average student would always be the worse.
-
-    >>> median_student([0.3, 0.1, 0.2]), median_student([0.4, 0.1, 0.3, 0.2])     # 0.2 and 0.3
-    (2, 2)
-    """
-    return sorted(range(len(rewards)), key=rewards.__getitem__)[len(rewards) // 2]
-
-def promotion_due(history: list[float], config: Config) -> bool:
-    """Is the mean of the last `window` steps' mean rewards above tau? (Algorithm 1)
-
-    The paper is silent on two things. Rewards are measured against a baseline, so those from before a promotion say nothing
-    about the new one: `history` starts anew. And the window must be full: one lucky first step is no trend.
-    """
-    recent = history[-config.window:]
-    return config.promotion and len(recent) == config.window and sum(recent) / config.window > config.tau
-
-def grounded_rewards(policy: Policy, datasets: list[list[Problem]], questions: list[Problem], state: State, config: Config):
-    """Algorithm 1, step 2: train r students a dataset and measure what they gained on the M hard `questions`.
-
-    -> (rewards R_kj [K, r], their standard errors over the questions [K, r], (k, j, weights) of the best dataset's median
-    student, figures). The questions, the baseline and its accuracy are the same for all students of the step, so that rewards
-    differ by the datasets and by the students' luck, which is averaged over r. At most r + 1 students are held in memory.
-    """
-    restore(policy.model, state.baseline)
-    before = greedy_right(policy, questions, config)  # [M], measured once
-    steps, r = config.inner_steps + config.inner_extra * state.promotions, config.repeats
-    jobs = []
-    for k, dataset in enumerate(datasets):
-        for j in range(r):
-            jobs.append((dataset, (config.seed, "student", state.step, k, j)))
-    students = share(policy, try_dataset, (state.baseline, questions, steps, config), jobs)
-    bar = tqdm(students, total=len(jobs), desc=f"step {state.step}: students", leave=False, disable=None)
-    gains, logs, weights, best, champion = [], [], [], -math.inf, None
-    for right, student, log in bar:
-        gains.append(right - before)  # [M]
-        weights.append(student)
-        logs += log
-        policy.meter.advance()
-        if len(weights) == r:  # a dataset is complete
-            k = len(gains) // r - 1
-            rewards = [gain.mean().item() for gain in gains[-r:]]
-            if sum(rewards) > best:
-                j = median_student(rewards)
-                best, champion = sum(rewards), (k, j, weights[j])
-            weights = []
-    gains = torch.stack(gains).view(len(datasets), r, -1)  # [K, r, M]
-    errors = gains.std(-1, correction=0) / gains.shape[-1] ** 0.5
-    figures = {name: float(np.mean([log[name] for log in logs])) for name in logs[0]}
-    return gains.mean(-1), errors, champion, figures | {"accuracy_before": before.mean().item()}
-
-def try_dataset(policy: Policy, baseline: list, questions: list[Problem], steps: int, config: Config,
-                dataset: list[Problem], key: tuple):
-    """One student: from the baseline, some steps on the dataset -> (which questions it has right [M], its weights, its log).
-
-    A function of its arguments alone, so any process can do it.
-    """
-    policy.meter("weight swaps")
-    restore(policy.model, baseline)
-    batches = epochs(dataset, steps, config.batch, seeded(*key, "order"))
-    log = train_student(policy, batches, config, key)
-    policy.meter("weight swaps")
-    weights = snapshot(policy.model)
-    return greedy_right(policy, questions, config), weights, log
-
-LEARNABILITY_SAMPLES = 32  # completions a problem (paper, section 5)
-
-def learnability_rewards(policy: Policy, datasets: list[list[Problem]], state: State, config: Config):
-    """The Intrinsic-T baseline: no student trains; a problem is worth 1 - s, s the student's success rate, or 0 if s = 0.
-
-    -> (rewards [K, 1], standard errors over the dataset's problems [K, 1], no champion, figures), as grounded_rewards.
-    """
-    jobs = [(dataset, (config.seed, "learnability", state.step, k)) for k, dataset in enumerate(datasets)]
-    rates = []
-    for rate in share(policy, success_rates, (state.baseline, config), jobs):
-        rates.append(rate)
-        policy.meter.advance()
-    rates = torch.stack(rates)  # [K, n]
-    values = torch.where(rates > 0, 1 - rates, 0.0)
-    errors = values.std(1, correction=0, keepdim=True) / values.shape[1] ** 0.5
-    return values.mean(1, keepdim=True), errors, None, {"success": rates.mean().item()}
-
-def success_rates(policy: Policy, baseline: list, config: Config, dataset: list[Problem], key: tuple):
-    """[n] float64: the share of the baseline student's answers to each problem that are right."""
-    restore(policy.model, baseline)
-    rewards = solve(policy, dataset, LEARNABILITY_SAMPLES, config, seeded(*key))[1]
-    return (rewards == RIGHT).double().view(len(dataset), LEARNABILITY_SAMPLES).mean(-1)
-
-
 # ======== 13. Verifier: when is an answer right? ==================================================
 
 # Every reward and every number of a report is a verdict of this section. It is long because people
@@ -1791,20 +2459,25 @@ def success_rates(policy: Policy, baseline: list, config: Config, dataset: list[
 # A text with two meanings, as 70,110 or 25\% or y=2x, has two spellings. Answers that share one are
 # equal. Labels and units are kept apart, and must agree only where both answers have some.
 
-MAX_CHARS = 400      # of an answer; real ones: 198
-MAX_TOKENS = 200     # and so of nested brackets, too; real answers: 127
-MAX_BITS = 1 << 15   # of a number; real answers: 2004!, which has 19,000
-POINTS = 24          # where formulas are compared; at many floor(n/30) and floor(n/40) agree
+MAX_CHARS = 400  # of an answer; real ones: 198
 
-Tree = str | tuple   # a number or a name, or (operator, tree, ...)
+MAX_TOKENS = 200  # and so of nested brackets, too; real answers: 127
+
+MAX_BITS = 1 << 15  # of a number; real answers: 2004!, which has 19,000
+
+POINTS = 24  # where formulas are compared; at many floor(n/30) and floor(n/40) agree
+
+Tree = str | tuple  # a number or a name, or (operator, tree, ...)
+
 Number = Fraction | mpmath.mpf | mpmath.mpc
 
-def _boxes(text: str) -> Iterator[str]:
+
+def boxes(text: str) -> Iterator[str]:
     """The contents of the complete, non-blank boxes, the last one (by its opening) first.
 
     Takes linear time: scanning on from each opening would be quadratic.
     """
-    openings = []    # for each open brace: where its box's content starts, or 0
+    openings = []  # for each open brace: where its box's content starts, or 0
     spans = []
     for token in re.finditer(r"(\\(?:boxed|fbox)\s*\{)|\\.|([{}])", text, re.DOTALL):
         if token[1] or token[2] == "{":
@@ -1816,27 +2489,34 @@ def _boxes(text: str) -> Iterator[str]:
         if start and content:
             yield content
 
+
 def extract_boxed(text: str) -> str | None:
     r"""The content of the last complete box; an unclosed or blank box is no answer.
 
     >>> extract_boxed(r"\boxed{1}, no: \boxed{\frac{1}{2}}. So \boxed{ } or \boxed{")
     '\\frac{1}{2}'
     """
-    return next(_boxes(text), None)
+    return next(boxes(text), None)
+
 
 # -- Step 1: tokens. Rules respell the text, one after the other, and then synonyms become one
 # token, so that the parser must know one way of writing only. To teach the verifier another way,
 # add a line to a table: a rule where characters must move, a synonym where a token has a new name.
+
 
 def _repeating(match: re.Match) -> str:
     r"""0.1\overline{6} -> {0.10+6/90}, which is 1/6."""
     start, decimals, cycle = match.groups()
     return f"{{{start}.{decimals}0+{cycle}/{'9' * len(cycle)}{'0' * len(decimals)}}}"
 
+
 def _no_commas(match: re.Match) -> str:
     return match[0].replace(",", "")
 
+
+# fmt: off
 _NOT_IN_BRACKETS = r"(?![^([{]*([)\]]|\\\}))"
+
 _UNICODE_RULES = [(re.compile(old), new) for old, new in (
     ("[⁰¹²³⁴-⁹⁺⁻ⁿ]+", r"^{\g<0>}"),                          # x² -> x^{²}, and NFKC -> x^{2}
     ("[₀-₉]+", r"_{\g<0>}"),                                 # x₁ -> x_{₁} -> x_{1}
@@ -1844,6 +2524,7 @@ _UNICODE_RULES = [(re.compile(old), new) for old, new in (
     ("[−–—‐]", "-"),                                         # all dashes are minus signs
     (r"\s", " "),                                            # and all kinds of space are one
 )]
+
 _RULES = [(re.compile(old, re.ASCII), new) for old, new in (
     (r"(?<!\\)(\$|\\[()[\]]|\\displaystyle)", ""),           # $x$ -> x
     (r"^\s+|\s*[.,]?\s*$", ""),                              # 5. -> 5
@@ -1889,6 +2570,7 @@ _RULES = [(re.compile(old, re.ASCII), new) for old, new in (
     (r"\b(more|less|fewer|only|than|least|most)\b", r"?\1"),                 # 12 or more is not 12
     (r"\\mathbb\{?R\}?", r"(-\\infty,\\infty)"),             # \mathbb{R} -> (-\infty,\infty)
 )]
+
 _OTHER_MEANINGS = [(re.compile(old), new) for old, new in (
     (r"(?<=\d),(?=\d{3}(?!\d))" + _NOT_IN_BRACKETS, ""),     # 70,110 -> 70110
     (r"^(\d{1,3}), (\d{3}), (\d{3})$", r"\1\2\3"),           # 251, 750, 000 -> 251750000
@@ -1896,6 +2578,8 @@ _OTHER_MEANINGS = [(re.compile(old), new) for old, new in (
     (r"\\text\{ ?percent\}|\\?%|percent(age)?", r"{1/100}\\text{of}"),       # 25\% -> 25{1/100}
     (r"\\text\{ ?degrees\}|°|degrees", r"{\\pi/180}\\text{rad}"),            # 90° -> 90{\pi/180}
 )]
+
+# fmt: on
 _TABLE = r"""
   \left \right \big \Big \bigg \Bigg \quad \qquad \, \; \: \! ~
   \mathbf \mathbb \mathcal \boldsymbol \boxed \vec \overline \angle \triangle
@@ -1949,12 +2633,15 @@ _TABLE = r"""
 Φ  \Phi
 ω  \omega
 """  # a token, two spaces, its synonyms; those without a token are layout and vanish
+
 _SYNONYMS = {"\\": ""}
+
 for _line in _TABLE.splitlines():
     _token, _, _others = _line.partition("  ")
     _SYNONYMS |= dict.fromkeys(_others.split(), _token)
 
-_LEXER = re.compile(r"""
+_LEXER = re.compile(
+    r"""
     \\(?:text[a-z]*|mbox|mathrm|operatorname)\s*\{([^{}]*)\}        # group 1: words
   | ((?:[A-Za-z][a-z]{3,} | [A-Z][a-z]{2}(?![a-z]))(?:\ (?!and)[a-z]{3,})*  # group 2: words, units
     | (?:cm|mm|km|in|ft|yd|mph|kg|lbs?|hrs?|min|sec|[ap]m|[AP]m)(?![a-z]))
@@ -1962,8 +2649,12 @@ _LEXER = re.compile(r"""
   | [a-zA-Z]'* | _(?:\w|\{[^{}]*\})                               # f', and what follows x in x_{12}
   | \d+(?:\.\d+)?(?:[eE][+-]?\d{1,4}(?!\d))? | \.\d+                # 12, 1.5, 1e-3, .5
   | \.\.\. | '' | \*\* | [<>!]=
-  | \\[a-zA-Z]+ | \\. | \S""", re.VERBOSE | re.ASCII | re.DOTALL)
+  | \\[a-zA-Z]+ | \\. | \S""",
+    re.VERBOSE | re.ASCII | re.DOTALL,
+)
+
 _WORDS = re.compile(r"(?![ei]$)(?!.*\b(and|or)\b)(?=.*[a-z])([a-z]|[A-Z][a-z]).*", re.DOTALL)
+
 
 def _respell(text: str) -> str:
     """The text after all rules."""
@@ -1973,6 +2664,7 @@ def _respell(text: str) -> str:
     for old, new in _RULES:
         text = old.sub(new, text)
     return text
+
 
 def _tokens(text: str) -> list[str]:
     """The tokens of a respelled text. Units and other words begin with a quote."""
@@ -1984,35 +2676,43 @@ def _tokens(text: str) -> list[str]:
         elif match[2] or match[1] and _WORDS.fullmatch(token):
             tokens.append('"' + re.sub(r"\W", "", token.lower()))
         elif match[1]:
-            tokens += _tokens(token.rstrip("."))             # \text{(E)}, \mathrm{e}, \text{5 cm}
+            tokens += _tokens(token.rstrip("."))  # \text{(E)}, \mathrm{e}, \text{5 cm}
         elif token[0] == "_" and tokens:
-            tokens[-1] += re.sub(r"[{}\\\s]", "", token)     # x_{n+1} -> x_n+1
+            tokens[-1] += re.sub(r"[{}\\\s]", "", token)  # x_{n+1} -> x_n+1
         else:
             tokens.append(token.replace("'", "′"))
     return tokens
+
 
 # -- Step 2: a tree, by a Pratt parser. Each operator has a level, and its operands are the longest
 # texts whose operators have a higher level: in 2+3x^2 the + takes 3x^2, and the ^ takes x and 2.
 
 _LEVELS = (
-    r") ] } ⟩ \rvert \rfloor \rceil ∎",    # level 0: they end what was begun; ∎ ends the text
+    r") ] } ⟩ \rvert \rfloor \rceil ∎",  # level 0: they end what was begun; ∎ ends the text
     ",",
     "= ≠ < ≤ > ≥",
-    "unit",           # 2+1 cm is 3 cm
+    "unit",  # 2+1 cm is 3 cm
     r": \choose",
-    "+ -",            # level 5
-    "* function",     # the product in 2\sin x
-    "/ product",      # the product in 2x
+    "+ -",  # level 5
+    "* function",  # the product in 2\sin x
+    "/ product",  # the product in 2x
     "^",
     "!",
 )
+
 _BINDING = {}
+
 for _level, _operators in enumerate(_LEVELS):
     _BINDING |= dict.fromkeys(_operators.split(), _level)
+
 _RELATIONS = set(_LEVELS[2].split())
-_SHAPES = {"()", "[]", "(]", "[)", "⟨⟩"}     # tuples and intervals; ⟨⟩ is a row of a matrix
+
+_SHAPES = {"()", "[]", "(]", "[)", "⟨⟩"}  # tuples and intervals; ⟨⟩ is a row of a matrix
+
 _NUMBER = re.compile(r"\.?\d", re.ASCII)
+
 _ATOM = re.compile(r"\.?\d|[a-zA-Zα-ωΦ∅]|\\(pi|infty)$", re.ASCII)
+
 
 def _kind(token: str) -> str:
     """What a token is after a tree: an operator, a unit, or the beginning of a factor."""
@@ -2021,6 +2721,7 @@ def _kind(token: str) -> str:
     if token[0] == '"':
         return "unit"
     return "function" if token in _FUNCTIONS else "product"
+
 
 def _parse(tokens: list[str], level: int = 0) -> Tree:
     """The longest tree whose operators are above the level; tokens[-1] is the next one."""
@@ -2033,7 +2734,7 @@ def _parse(tokens: list[str], level: int = 0) -> Tree:
             left = ("*", left, _parse(tokens, _BINDING[kind]))
         elif kind == "unit":
             left = (tokens.pop(), left)
-            if tokens[-1] == "^":                            # cm^2
+            if tokens[-1] == "^":  # cm^2
                 tokens.pop()
                 _operand(tokens, 9)
             if _kind(tokens[-1]) == "product":
@@ -2041,8 +2742,9 @@ def _parse(tokens: list[str], level: int = 0) -> Tree:
         elif kind == "!":
             left = (tokens.pop(), left)
         else:
-            right_level = 7 if kind == "^" else _BINDING[kind]               # 2^3^2 is 2^(3^2)
+            right_level = 7 if kind == "^" else _BINDING[kind]  # 2^3^2 is 2^(3^2)
             left = (tokens.pop(), left, _parse(tokens, right_level))
+
 
 def _operand(tokens: list[str], level: int) -> Tree:
     """A number, a name, or what begins with a sign, a function or a bracket."""
@@ -2052,24 +2754,26 @@ def _operand(tokens: list[str], level: int) -> Tree:
     if _ATOM.match(token):
         return token
     if token in ("+", "-"):
-        return (token, "0", _parse(tokens, max(level, 5)))   # -x is 0-x
+        return (token, "0", _parse(tokens, max(level, 5)))  # -x is 0-x
     if token in (r"\frac", r"\binom"):
         return (token, _operand(tokens, 9), _operand(tokens, 9))
-    if token in _FUNCTIONS:                                  # \log[2]8, \sqrt[3]8
+    if token in _FUNCTIONS:  # \log[2]8, \sqrt[3]8
         parameters = [_operand(tokens, 9)] if tokens[-1] == "[" else []
         narrow = token == r"\sqrt" or tokens[-1] in ("(", "{")
         return (token, _parse(tokens, 8 if narrow else 6), *parameters)
     inner = _parse(tokens)
     pair = token + tokens.pop()
     if pair == "{}" or pair in ("()", "[]", "⟨⟩") and inner[0] != ",":
-        return inner                                         # a group
+        return inner  # a group
     if pair not in _SHAPES and pair not in _OPERATIONS:
         raise ValueError(f"{pair} is no pair of brackets")
     return (pair, *_items(inner))
 
+
 def _items(tree: Tree) -> list[Tree]:
     """The items of a list, or the tree alone."""
     return _items(tree[1]) + _items(tree[2]) if tree[0] == "," else [tree]
+
 
 def _read(tokens: list[str]) -> list[Tree]:
     """The trees of an answer's items, with + for each ±, and those that differ with - for it.
@@ -2088,21 +2792,27 @@ def _read(tokens: list[str]) -> list[Tree]:
         items += [item for item in _items(tree) if sign == "+" or item not in items]
     return items
 
+
 # -- Step 3: spellings. A number is spelled by its digits, and a formula by its numbers at POINTS
 # points, where each name has a number: x^2-1 and (x-1)(x+1) agree at all of them. Then lists are
 # sorted, and x=5 is spelled twice: as 5 with the label x, and as the equation x-5=0.
 
-_mp = mpmath.MPContext()       # a private one: anybody may set the precision of mpmath.mp
+_mp = mpmath.MPContext()  # a private one: anybody may set the precision of mpmath.mp
+
 _mp.dps = 110
+
 _CONSTANTS = {"i": _mp.j, "e": +_mp.e, r"\pi": +_mp.pi}
-_INFINITE = {                  # no numbers: 1/\infty is not read
+
+_INFINITE = {  # no numbers: 1/\infty is not read
     r"\infty": "+inf",
     ("+", "0", r"\infty"): "+inf",
     ("-", "0", r"\infty"): "-inf",
 }
 
+
 class _HasNames(Exception):
     """The number of the tree depends on the point."""
+
 
 def _size(x: Number) -> float:
     """How long a number is, in bits; of one that is not exact, how far from 1."""
@@ -2110,46 +2820,57 @@ def _size(x: Number) -> float:
         return max(x.numerator.bit_length(), x.denominator.bit_length()) - 1
     return abs(_mp.mag(x)) if x else 0
 
+
 def _divide(a: Number, b: Number) -> Number:
-    return a * (1 / b)         # as a Fraction cannot be divided by an mpf
+    return a * (1 / b)  # as a Fraction cannot be divided by an mpf
+
 
 def _power(a: Number, b: Number) -> Number:
     """a^b, refused before it is built if it is too long: it has b times the bits of a."""
     if abs(b) * max(_size(a), 1) > MAX_BITS:
         raise ValueError("too long")
     whole = int(b.real)
-    return a ** whole if b == whole else _mp.power(a, b)
+    return a**whole if b == whole else _mp.power(a, b)
+
 
 def _factorial(n: Number) -> Number:
     if abs(n) > 3000:
         raise ValueError("too long")
     return Fraction(math.factorial(int(n))) if n == int(n) else _mp.gamma(n + 1)
 
+
 def _binomial(n: Number, k: Number) -> Number:
     return _divide(_factorial(n), _factorial(k) * _factorial(n - k))
 
+
 def _floor(x: Number) -> Number:
-    return Fraction(int(_mp.floor(x + _mp.mpf("1e-90"))))    # (\sqrt6)^2 may be 5.999...
+    return Fraction(int(_mp.floor(x + _mp.mpf("1e-90"))))  # (\sqrt6)^2 may be 5.999...
+
 
 def _root(x: Number, n: Number = 2) -> Number:
     if isinstance(x, Fraction) and x < 0 and n == 3:
-        return -_power(-x, 1 / n)                            # \sqrt[3]{-8} is -2
+        return -_power(-x, 1 / n)  # \sqrt[3]{-8} is -2
     return _power(x, 1 / n)
+
 
 def _logarithm(x: Number, base: Number = _mp.e) -> Number:
     if base in (0, 1):
         raise ValueError("no base")
     return _mp.log(x, base)
 
+
 def _named(function: Callable) -> Callable:
-    return lambda x, exponent=1: function(x) ** exponent     # \sin[2]x is \sin^2 x
+    return lambda x, exponent=1: function(x) ** exponent  # \sin[2]x is \sin^2 x
+
 
 _FUNCTIONS = {
     r"\sqrt": _root,
     r"\log": _logarithm,
 }
+
 for _name in "sin cos tan sec csc cot sinh cosh tanh exp arcsin arccos arctan".split():
     _FUNCTIONS["\\" + _name] = _named(getattr(_mp, _name.replace("arc", "a")))
+
 _OPERATIONS = _FUNCTIONS | {
     "+": add,
     "-": lambda a, b: a + -b,  # as an mpf cannot be taken from a Fraction
@@ -2166,6 +2887,7 @@ _OPERATIONS = _FUNCTIONS | {
     r"\lceil\rceil": lambda x: -_floor(-x),
 }
 
+
 def _letter(name: str, point: int | None) -> Number:
     """The number of a name at a point: near or far, by a hash, and at half of the points negative.
 
@@ -2177,6 +2899,7 @@ def _letter(name: str, point: int | None) -> Number:
     size = (1, 6, 40, 1000)[point % 4] * (1 + code / 2**32)
     negative = point < POINTS and (code + point // 12) % 2
     return _mp.mpf(-size if negative else size)
+
 
 def _value(tree: Tree, point: int | None) -> Number:
     """The number of a tree at a point, or without one: exactly, as far as it is rational.
@@ -2194,9 +2917,10 @@ def _value(tree: Tree, point: int | None) -> Number:
         return values[0]
     x = _OPERATIONS[tree[0]](*values)
     unreal = isinstance(x, _mp.mpc) and point in range(POINTS)
-    if unreal or not _size(x) <= MAX_BITS:                   # no comparison is true of nan
+    if unreal or not _size(x) <= MAX_BITS:  # no comparison is true of nan
         raise ValueError("undefined or too long")
     return x
+
 
 def _at(tree: Tree, point: int) -> Number:
     """The number at a point; if it has a root of a negative number, then with positive names."""
@@ -2204,6 +2928,7 @@ def _at(tree: Tree, point: int) -> Number:
         with contextlib.suppress(Exception):
             return _value(tree, place)
     return _mp.nan
+
 
 def _values(tree: Tree) -> list[Number]:
     """The number of a tree without names, in a list, or its numbers at all points."""
@@ -2214,25 +2939,31 @@ def _values(tree: Tree) -> list[Number]:
         raise ValueError("undefined")
     return values
 
+
 def _digits(x: Number) -> str:
     """80 digits of a number, or all of a longer fraction: 2^{300}+1 is not 2^{300}."""
     if isinstance(x, Fraction) and _size(x) > 128:
         return f"{x.numerator:x}/{x.denominator:x}"
     return _mp.nstr(_mp.chop(_mp.convert(x), 1e-90), 80)
 
+
 _FLIPPED = dict(zip("=≠<≤>≥", "=≠>≥<≤"))
-_BOUNDS = {                    # what a relation makes of the line (-inf; +inf)
+
+_BOUNDS = {  # what a relation makes of the line (-inf; +inf)
     "=": ("(-inf; +inf)", "#"),
     "<": ("+inf)", "#)"),
     "≤": ("+inf)", "#]"),
     ">": ("(-inf", "(#"),
     "≥": ("(-inf", "[#"),
 }
+
 _NO_LABEL = re.compile(r"""['"]([-+^!.\d]|[ie]'|\\\\(pi|infty))""")
+
 
 def _is_label(tree: Tree) -> bool:
     r"""Anything without numbers, sums and powers: x, (x, y), V_1:V_2, |AB|, \sin A; and e as in d=4, e=5."""
     return tree in ("e", "i") or not _NO_LABEL.search(str([tree]))
+
 
 def _labelled(tree: Tree) -> tuple[str, str]:
     r"""A label and the spelling of the rest: x=5 is x and 5.0, 3<x is x and (3.0; +inf)."""
@@ -2240,7 +2971,7 @@ def _labelled(tree: Tree) -> tuple[str, str]:
         return "", _spell(tree)
     sign, name, value = tree
     before = "(-inf; +inf)"
-    if name[0] in _RELATIONS:                                # 0<x<1 is (0<x)<1
+    if name[0] in _RELATIONS:  # 0<x<1 is (0<x)<1
         before = _labelled(name)[1]
         name = name[2]
     elif not _is_label(name):
@@ -2250,6 +2981,7 @@ def _labelled(tree: Tree) -> tuple[str, str]:
         raise ValueError("no value for a name")
     label = re.sub("[(),' ]+", " ", str(name))
     return label.strip(), before.replace(old, new.replace("#", _spell(value)))
+
 
 def _moved(tree: Tree) -> str:
     """A relation up to moved terms and a factor, of an inequality a positive one: 2x>4 is x-2>0."""
@@ -2264,6 +2996,7 @@ def _moved(tree: Tree) -> str:
         raise ValueError("a statement about numbers")
     return "|".join(_digits(x / scale) for x in values) + sign + "0"
 
+
 def _spell(tree: Tree) -> str:
     """The spelling that all trees of the same meaning have, without labels and units."""
     items = _items(tree)
@@ -2274,24 +3007,26 @@ def _spell(tree: Tree) -> str:
     if tree[0] in _SHAPES:
         return tree[0][0] + "; ".join(map(_spell, tree[1:])) + tree[0][1]
     digits = [_digits(x) for x in _values(tree)]
-    return "|".join(digits) if len(set(digits)) > 1 else digits[0]       # \sin^2 x+\cos^2 x is 1
+    return "|".join(digits) if len(set(digits)) > 1 else digits[0]  # \sin^2 x+\cos^2 x is 1
+
 
 def _spellings(items: list[Tree]) -> Iterator[tuple[str, set]]:
     """Each (spelling, labels) of an answer's items; the labels are a set of one or none."""
     if len(items) == 1 and items[0][0] in _RELATIONS:
-        with contextlib.suppress(Exception):                 # x \in (0,1) is no equation
+        with contextlib.suppress(Exception):  # x \in (0,1) is no equation
             yield _moved(items[0]), set()
     labelled = [_labelled(item) for item in items]
     spelled = [spelling for _, spelling in labelled]
     labels = dict.fromkeys(label for label, _ in labelled if label)
     names = {" ".join(labels)} if labels else set()
     in_order = "; ".join(spelled)
-    yield in_order, names                                    # -5, 14/3 beside x=-5, p=14/3
+    yield in_order, names  # -5, 14/3 beside x=-5, p=14/3
     if len(labels) < len(items):
         yield "{" + "; ".join(sorted(spelled)) + "}", names
-    elif len(items) > 1:                                     # a=1, b=2 is b=2, a=1 and (1, 2)
+    elif len(items) > 1:  # a=1, b=2 is b=2, a=1 and (1, 2)
         yield str(sorted(labelled)), set()
         yield f"({in_order})", names
+
 
 @lru_cache(maxsize=1 << 16)
 def _readings(text: str) -> dict[str, tuple]:
@@ -2308,12 +3043,13 @@ def _readings(text: str) -> dict[str, tuple]:
     for meaning in dict.fromkeys([text, *meanings]):
         tokens = _tokens(meaning)
         units = {re.match(r'".?\d*', token)[0] for token in tokens if token[0] == '"'}
-        with contextlib.suppress(Exception):                 # it is no mathematics, or too long
+        with contextlib.suppress(Exception):  # it is no mathematics, or too long
             for spelling, labels in _spellings(_read(tokens)):
                 readings[spelling] = labels, units
     if words:
         readings["words " + words.lower()] = {words} if readings else set(), set()
     return readings
+
 
 def parses(text: str) -> bool:
     r"""Whether the text reads as mathematics throughout; words do not, not even as \text{...}.
@@ -2323,12 +3059,14 @@ def parses(text: str) -> bool:
     """
     return len(_readings(text)) > 1
 
+
 def _rounded(readings: dict[str, tuple]) -> dict[str, tuple]:
     """Readings with ten digits of each number, for 0.0833333333333333 beside 1/12."""
     rounded = {}
     for spelling, labels in readings.items():
         rounded[re.sub(r"\d+\.\d+", lambda n: f"{float(n[0]):.9e}", spelling)] = labels
     return rounded
+
 
 def answers_equal(prediction: str, gold: str) -> bool:
     r"""Whether two answers are the same mathematics, or else the same words; never an exception.
@@ -2344,20 +3082,31 @@ def answers_equal(prediction: str, gold: str) -> bool:
     if re.search(r"\.\d{12}", prediction + " " + gold):
         left, right = _rounded(left), _rounded(right)
     for spelling in left.keys() & right.keys():
-        pairs = zip(left[spelling], right[spelling])         # labels with labels, units with units
+        pairs = zip(left[spelling], right[spelling])  # labels with labels, units with units
         if all(not mine or not theirs or mine & theirs for mine, theirs in pairs):
             return True
     return False
 
 
 # ======== 14. The run folder: how does a run survive being killed? ================================
+
 # The state is written after each outer step, and holds all that the next one needs. A run that is killed in between repeats
 # the step from the last checkpoint and, all randomness being a function of (seed, step), writes the same files again.
 
-RESUMABLE = ("resume", "out", "sample_tokens", "micro_tokens", "checkpointing", "threads",
-             "processes", "cache", "device")  # may differ then
+RESUMABLE = (
+    "resume",
+    "out",
+    "sample_tokens",
+    "micro_tokens",
+    "checkpointing",
+    "threads",
+    "processes",
+    "cache",
+    "device",
+)  # may differ then
 
 LOCK = ".lock"
+
 
 @contextlib.contextmanager
 def claim(folder: Path):
@@ -2373,15 +3122,22 @@ def claim(folder: Path):
         try:
             if os.name == "nt":
                 import msvcrt
+
                 msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
             else:
                 import fcntl
+
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-                raise UserError(f"another process is writing into {folder}; wait for it, or choose another folder") from None
-            print(f"(no locks on this file system: nothing else must write into {folder})", flush=True)
+                raise UserError(
+                    f"another process is writing into {folder}; wait for it, or choose another folder"
+                ) from None
+            print(
+                f"(no locks on this file system: nothing else must write into {folder})", flush=True
+            )
         yield
+
 
 def check_writable(path: Path, name: str) -> None:
     """Makes a folder where there is none. Raises UserError where nothing can be written."""
@@ -2389,16 +3145,23 @@ def check_writable(path: Path, name: str) -> None:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise UserError(f"cannot write into the folder {path} ({error.strerror}); choose another {name}") from None
+        raise UserError(
+            f"cannot write into the folder {path} ({error.strerror}); choose another {name}"
+        ) from None
+
 
 def saved_config(folder: Path) -> Config:
     """The flags that a run was made with. Raises UserError when they are damaged or not those of this soar.py."""
     path = folder / "config.json"
-    with whole(path, "if another version of soar.py has made it, make the run again, or choose another folder"):
+    with whole(
+        path,
+        "if another version of soar.py has made it, make the run again, or choose another folder",
+    ):
         saved = json.loads(path.read_text(encoding="utf-8"))
         kinds = {name: type(value) for name, value in vars(Config()).items()}
         demand({name: type(value) for name, value in saved.items()} == kinds)
     return Config(**saved)
+
 
 def check_folder(config: Config) -> None:
     """Raises UserError when --out holds something that this command must not touch or cannot continue."""
@@ -2413,15 +3176,31 @@ def check_folder(config: Config) -> None:
             print(f"{folder} holds no run yet: this one begins at its beginning")
         return
     if not config.resume:
-        raise UserError(f"{folder} already holds a run; add --resume to continue it, or choose another --out or --seed")
+        raise UserError(
+            f"{folder} already holds a run; add --resume to continue it, or choose another --out or --seed"
+        )
     old = vars(saved_config(folder))
-    other = [f"{flag(name)} {old[name]}" for name, value in vars(config).items()
-             if name not in RESUMABLE and old[name] != value]
+    other = [
+        f"{flag(name)} {old[name]}"
+        for name, value in vars(config).items()
+        if name not in RESUMABLE and old[name] != value
+    ]
     if other:
-        raise UserError(f"{folder} was made with other flags ({', '.join(other)}); give the same ones, or choose another --out")
-    log = folder / "log.jsonl"  # written just before the checkpoint, so after the first step it can stand alone
-    if not (folder / "checkpoint.pt").exists() and log.exists() and log.read_bytes().count(b"\n") > 1:
-        raise UserError(f"{folder} has lost its checkpoint.pt; put a copy back, or start again with another --out")
+        raise UserError(
+            f"{folder} was made with other flags ({', '.join(other)}); give the same ones, or choose another --out"
+        )
+    log = (
+        folder / "log.jsonl"
+    )  # written just before the checkpoint, so after the first step it can stand alone
+    if (
+        not (folder / "checkpoint.pt").exists()
+        and log.exists()
+        and log.read_bytes().count(b"\n") > 1
+    ):
+        raise UserError(
+            f"{folder} has lost its checkpoint.pt; put a copy back, or start again with another --out"
+        )
+
 
 def save_checkpoint(folder: Path, state: State) -> None:
     """There is always one whole checkpoint; the .jsonl files are written anew from it."""
@@ -2430,14 +3209,18 @@ def save_checkpoint(folder: Path, state: State) -> None:
             write_text(folder / f"{name}.jsonl", text)
     write_whole(folder / "checkpoint.pt", lambda file: torch.save(vars(state), file))
 
+
 def load_checkpoint(folder: Path) -> State | None:
     """The state after the last complete step, or None. Raises UserError when it is damaged."""
     path = folder / "checkpoint.pt"
     if path.exists():
         with whole(path, "put a copy back, or start again with another --out"):
-            with zipfile.ZipFile(path) as parts:  # the format of torch.save, whose checksums torch.load does not read
+            with zipfile.ZipFile(
+                path
+            ) as parts:  # the format of torch.save, whose checksums torch.load does not read
                 demand(parts.testzip() is None)
             return State(**torch.load(path, weights_only=True))
+
 
 def save_model(model, tokenizer, folder: Path) -> None:
     """An ordinary folder for from_pretrained, all or nothing."""
@@ -2449,68 +3232,57 @@ def save_model(model, tokenizer, folder: Path) -> None:
         temporary.rename(folder)
 
 
-# ======== 15. Outer loop: how do the parts make Algorithm 1? ======================================
-
-def promote(policy: Policy, champion: tuple, datasets, hard_train: list[Problem], state: State, config: Config) -> dict:
-    """Algorithm 1, step 3: the champion becomes the baseline, its dataset joins D_best; the best one so far is kept on disk."""
-    k, j, state.baseline = champion
-    state.promotions, state.history = state.promotions + 1, []
-    state.promotion_questions += map(vars, datasets[k])
-    restore(policy.model, state.baseline)
-    accuracy = greedy_right(policy, hard_train, config).mean().item()
-    if accuracy > state.best_accuracy:
-        state.best_accuracy = accuracy
-        state.student_key = weights_key(state.baseline)
-        save_model(policy.model, policy.tokenizer, Path(config.out) / "student")
-    return {"dataset": k, "student": j, "accuracy": accuracy}
-
-def teacher_update(policy: Policy, rollouts: list[Rollout], advantages, state: State, config: Config) -> dict:
-    """Algorithm 1, step 4, on the live model. The teacher's moments are on its device only now: students have their own."""
-    device = policy.model.device
-    move = lambda moments, to: {"t": moments["t"]} | {name: [x.to(to) for x in moments[name]] for name in "mv"}
-    moments = move(state.moments, device)
-    state.moments = {}  # or the host would hold these beside the new ones: 16 bytes a weight
-    lr = learning_rate(config.teacher_lr, state.step, config.steps, config.teacher_warmup)
-    rounding = seeded(config.seed, "teacher", state.step, "rounding", device=device)
-    restore(policy.model, state.teacher)
-    figures = policy_update(policy, rollouts, advantages, moments, lr, config, rounding)
-    state.moments, state.teacher = move(moments, "cpu"), snapshot(policy.model)
-    return figures
-
-def outer_step(policy: Policy, hard_train: list[Problem], state: State, config: Config) -> dict:
-    """One step of Algorithm 1, in place on `state` -> its row of the log, which is in state.log, too."""
-    t, g, n = state.step, config.datasets, config.n
-    # 1. The teacher proposes g*n problems; consecutive ones make the datasets X_1..X_g.
-    restore(policy.model, state.teacher)
-    accepted, proposing = propose(policy, config.groups * g * n, config, seeded(config.seed, "propose", t))
-    rollouts, problems = zip(*accepted)
-    datasets = [problems[i:i + n] for i in range(0, len(problems), n)]  # K = groups * g of them
-    # 2. What is each dataset worth? Q_R is drawn anew each step.
-    draw = torch.randperm(len(hard_train), generator=seeded(config.seed, "reward questions", t))[:config.reward_questions]
-    if config.reward == "grounded":
-        measured = grounded_rewards(policy, datasets, [hard_train[i] for i in draw], state, config)
-    else:
-        measured = learnability_rewards(policy, datasets, state, config)
-    rewards, errors, champion, training = measured
-    R = rewards.mean(1)  # [K], R_k
-    # 3. Promotion, when the baseline is beaten lastingly.
-    state.history = state.history + [R.mean().item()]
-    average = float(np.mean(state.history[-config.window:]))
-    due = champion is not None and promotion_due(state.history, config)
-    promoted = promote(policy, champion, datasets, hard_train, state, config) if due else None
-    # 4. The teacher's update: every rollout of X_k carries A_k.
-    advantages = rloo_advantages(R, g).repeat_interleave(n)  # [K*n]
-    updating = teacher_update(policy, rollouts, advantages, state, config)
-    state.step = t + 1
-    state.questions += [{"step": t, "dataset": i // n, "reward": R[i // n].item(), **vars(p)} for i, p in enumerate(problems)]
-    state.log.append({
-        "step": t, "rewards": rewards.tolist(), "errors": errors.tolist(), "reward": R.mean().item(), "average": average,
-        "promotion": promoted, "teacher": proposing | updating, "student": training}
-        | ({"topics": topic_shares(problems)} if config.dataset == "tiny" else {}))
-    return state.log[-1]
+@contextlib.contextmanager
+def writing(path: Path):
+    """Whatever goes wrong while we write is the disk's doing: full, read-only, gone. Raises UserError."""
+    try:
+        yield
+    except Exception as error:  # torch and safetensors have their own kinds for a full disk
+        raise UserError(
+            f"cannot write {path} ({first_line(error)}); free some space or mend the folder, then give the same "
+            "command again (soar.py: with --resume), and it goes on from what is saved"
+        ) from None
 
 
-# ======== 16. Many processes: how are all cores, or all GPUs, put to work? ========================
+def write_whole(path: Path, write) -> None:
+    """write(path), all or nothing: a run that is killed while writing leaves the old file. Raises UserError.
+
+    The temporary name is this process's own, since several runs may share one --cache.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value) -> None:
+    write_text(path, json.dumps(value, indent=1))
+
+
+@contextlib.contextmanager
+def whole(path: Path, advice: str):
+    """Whatever goes wrong while a file of ours is read means that it is damaged. Raises UserError."""
+    try:
+        yield
+    except Exception:  # torch.load alone raises a dozen kinds
+        raise UserError(f"{path} is damaged; {advice}") from None
+
+
+def demand(condition: bool) -> None:
+    """Within whole(): what a file of ours must fulfil. (An assert would vanish under python -O.)"""
+    if not condition:
+        raise ValueError
+
+
+# ======== 15. Many processes: how are all cores, or all GPUs, put to work? ========================
 
 # Process 0 runs the program. The others have a model of their own and wait for jobs: students, parts of the filter,
 # students of eval.py, which are long and do not need each other. What is short process 0 does alone: so there is one
@@ -2518,14 +3290,30 @@ def outer_step(policy: Policy, hard_train: list[Problem], state: State, config: 
 # processes comes to the same numbers, to the last bit where the hardware computes the same twice.
 
 # Some of these variables may be left over from another program.
-TORCHRUN = {"TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+TORCHRUN = {
+    "TORCHELASTIC_RUN_ID",
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "MASTER_ADDR",
+} <= os.environ.keys()
+
 RANK = int(os.environ["RANK"]) if TORCHRUN else 0
 
-def share(policy: Policy, task, common: tuple, jobs: list[tuple], costs: list[float] | None = None):
-    """Yields task(policy, *common, *job) for each job, in their order. Each goes to the process that has least to do so far:
-    with jobs of one cost, job i to process i mod N.
 
-    Raises what a task raises, and UserError where another process has died.
+def share(
+    policy: Policy,
+    task: Callable,
+    common: tuple,
+    jobs: list[tuple],
+    title: str = "",
+    costs: list[float] | None = None,
+) -> Iterator:
+    """Yields task(policy, *common, *job) for each job, in their order.
+
+    Each goes to the process that has least to do so far: with jobs of one cost, job i to process
+    i mod N. A title means a progress bar, and that the meter counts the jobs. Raises what a task
+    raises, and UserError where another process has died.
     """
     load = [0.0] * (1 + len(policy.workers))
     lists = [[] for _ in load]  # jobs by process
@@ -2537,22 +3325,29 @@ def share(policy: Policy, task, common: tuple, jobs: list[tuple], costs: list[fl
         load[owner] += cost
     for worker, its_jobs in zip(policy.workers, lists[1:]):
         reach(worker.send, (policy.source, task, common, its_jobs))
-    for job, owner in zip(jobs, owners):
+    bar = tqdm(zip(jobs, owners), title, len(jobs), leave=False, disable=None if title else True)
+    for job, owner in bar:
         if owner == 0:
             result = task(policy, *common, *job)
         else:
             result = reach(policy.workers[owner - 1].recv)
         if isinstance(result, Exception):  # what the job has raised there
             raise result
+        if title:
+            policy.meter.advance()
         yield result
+
 
 def reach(send_or_recv, *message):
     """Speaks with another process. Raises UserError when it has died."""
     try:
         return send_or_recv(*message)
     except (EOFError, OSError, RuntimeError):  # of pipes, and of torch.distributed
-        raise UserError("another process of this run has died, perhaps for lack of memory; go on with --resume and with "
-                        "fewer --processes") from None
+        raise UserError(
+            "another process of this run has died, perhaps for lack of memory; go on with --resume and with "
+            "fewer --processes"
+        ) from None
+
 
 def serve(channel, number: int) -> None:
     """The life of the other processes: do jobs and send each result back, until None comes."""
@@ -2570,19 +3365,24 @@ def serve(channel, number: int) -> None:
                 result = error
             channel.send(result)
 
+
 def load_for(source: tuple[str, Config], number: int) -> Policy:
     """The model of process 0 on this process's device."""
     path, config = source
     if config.threads:
         torch.set_num_threads(config.threads)
-    policy = load_policy(path, dataclasses.replace(config, device=device_of(config, number)), Meter())
+    policy = load_policy(
+        path, dataclasses.replace(config, device=device_of(config, number)), Meter()
+    )
     policy.source = source
     return policy
+
 
 def device_of(config: Config, number: int) -> str:
     if config.device in ("auto", "cuda") and torch.cuda.is_available():
         return f"cuda:{number}"
     return config.device
+
 
 def start_serving(channel, number: int) -> None:
     """serve() in a process that process 0 has started; it ends with process 0, even if that is killed."""
@@ -2595,6 +3395,7 @@ def start_serving(channel, number: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
     with contextlib.suppress(EOFError, OSError):
         serve(channel, number)
+
 
 class Remote:
     """A channel to another process of torchrun, on this machine or another."""
@@ -2610,13 +3411,17 @@ class Remote:
         dist.recv_object_list(box, src=self.rank)
         return box[0]
 
+
 def has_served() -> bool:
     """Joins the processes of torchrun. All but process 0 do their jobs in here, and then have nothing left to do."""
     if TORCHRUN:
-        dist.init_process_group("gloo", timeout=datetime.timedelta(days=1))  # a student can take long
+        dist.init_process_group(
+            "gloo", timeout=datetime.timedelta(days=1)
+        )  # a student can take long
     if RANK:
         serve(Remote(0), int(os.environ["LOCAL_RANK"]))
     return RANK > 0
+
 
 @contextlib.contextmanager
 def workers(policy: Policy, config: Config, jobs: int):
@@ -2624,28 +3429,36 @@ def workers(policy: Policy, config: Config, jobs: int):
     if TORCHRUN:
         policy.workers = [Remote(rank) for rank in range(1, int(os.environ["WORLD_SIZE"]))]
     else:
-        policy.workers = [started(number) for number in range(1, process_count(policy, config, jobs))]
+        policy.workers = [
+            started(number) for number in range(1, process_count(policy, config, jobs))
+        ]
     yield
     for worker in policy.workers:
         with contextlib.suppress(OSError, RuntimeError):
             worker.send(None)
 
+
 def started(number: int):
     """A new process on this machine -> the channel to it."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # so that Ctrl-C does not reach it while it starts, either
+    before = signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # so that Ctrl-C does not reach it while it starts, either
     context.Process(target=start_serving, args=(theirs, number), daemon=True).start()
     signal.signal(signal.SIGINT, before)
     theirs.close()  # only the other process has it now: if that dies, recv() says so
     return ours
+
 
 def process_count(policy: Policy, config: Config, jobs: int) -> int:
     """--processes, or: on CPUs one a core, as far as there are jobs and half of the free memory holds; on GPUs one, since
     other cards may be somebody else's. Raises UserError when there are too few GPUs."""
     kind, cards = policy.model.device.type, torch.cuda.device_count()
     if kind == "cuda" and config.processes > cards:
-        raise UserError(f"--processes {config.processes}: one process needs one GPU, and there are {cards}")
+        raise UserError(
+            f"--processes {config.processes}: one process needs one GPU, and there are {cards}"
+        )
     if config.processes or kind != "cpu":
         return max(1, config.processes)
     cores = os.cpu_count()
@@ -2655,52 +3468,199 @@ def process_count(policy: Policy, config: Config, jobs: int) -> int:
     memory = 0.6e9 + 40 * sum(w.numel() for w in policy.base)
     return int(max(1, min(cores, jobs, free_memory() / 2 // memory)))
 
+
 def free_memory() -> float:
     """Bytes; where the system does not tell, what any computer has to spare."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024.0 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+        return 1024.0 * int(
+            next(line for line in lines if line.startswith("MemAvailable")).split()[1]
+        )
     return 4e9
 
 
-# ======== 17. Main: what does a person see? =======================================================
+# ======== 16. Flags and main: what does a person type, and see? ===================================
+
+# The fields that open a group of flags in --help.
+FLAG_GROUPS = {
+    "dataset": "The run",
+    "fail_k": "The hard set",
+    "teacher_prompt": "Prompts",
+    "temperature": "Sampling",
+    "steps": "The teacher",
+    "inner_steps": "The student",
+    "kl": "Both updates",
+    "reward": "Reward and promotion",
+    "sample_tokens": "Memory and report",
+}
+# The least value of a flag that is a number; 0, where it is not here.
+LEAST = {
+    "seed": -math.inf,
+    "data_seed": -math.inf,
+    "fail_k": 1,
+    "temperature": 0.01,
+    "teacher_tokens": 1,
+    "student_tokens": 1,
+    "steps": 1,
+    "teacher_group": 2,
+    "teacher_batch": 1,
+    "n": 1,
+    "inner_steps": 1,
+    "student_batch": 1,
+    "student_group": 2,
+    "repeats": 1,
+    "reward_questions": 1,
+    "tau": -math.inf,
+    "window": 1,
+    "sample_tokens": 1,
+    "micro_tokens": 1,
+    "eval_samples": 1,
+}
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def parse_flags(
+    parser: argparse.ArgumentParser, settings: type, groups: dict[str, str], argv: list[str]
+) -> dict:
+    """The flags that were given, {field: value}; every field of the dataclass is a flag.
+
+    groups: {the first field of a group in --help: its title}. Raises UserError.
+    """
+
+    def fail(message: str) -> None:
+        raise UserError(f"{message}; --help shows all flags")
+
+    parser.error = fail
+    group = parser
+    for entry in dataclasses.fields(settings):
+        if entry.name in groups:
+            group = parser.add_argument_group(groups[entry.name])
+        kind = {"type": type(entry.default)}
+        if isinstance(entry.default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        text = f"{entry.metadata['help']} [{entry.default}]".replace("%", "%%")
+        group.add_argument(flag(entry.name), default=argparse.SUPPRESS, help=text, **kind)
+    return vars(parser.parse_args(argv))
+
+
+def parse_config(argv: list[str]) -> Config:
+    """Command line -> Config. Flags win over the preset, the preset over the defaults. Raises UserError on bad values."""
+    presets = ""
+    for name, preset in PRESETS.items():
+        settings = " ".join(f"{field}={value}" for field, value in preset.items())
+        presets += f"  {name:8}for {MACHINES[name]}\n"
+        presets += textwrap.indent(textwrap.fill(settings, 80), " " * 10) + "\n"
+    flags = parse_flags(
+        argparse.ArgumentParser(
+            usage="python soar.py [--dataset NAME] [--preset NAME] [flags]",
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            description=f"SOAR: a teacher that is paid by its student's progress.\nDefaults (in brackets) are the paper's; presets "
+            f"change only what they name:\n{presets}",
+        ),
+        Config,
+        FLAG_GROUPS,
+        argv,
+    )
+    preset = flags.get("preset", "auto")
+    if preset == "auto":
+        preset = "tiny" if flags.get("dataset", "tiny") == "tiny" else "class"
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset} does not exist; choose one of {', '.join(PRESETS)}")
+    config = Config(**PRESETS[preset] | flags | {"preset": preset})
+    config.out = config.out or f"runs/{Path(config.dataset).stem}-{config.seed}"
+    for name, value in vars(config).items():
+        least = LEAST.get(name, 0)
+        if (
+            isinstance(value, (int, float)) and not least <= value < math.inf
+        ):  # so NaN is refused, too
+            raise UserError(
+                f"{flag(name)} must be a finite number" + f", at least {least}" * (least >= 0)
+            )
+    if config.threads > 4 * os.cpu_count():
+        raise UserError(
+            f"--threads {config.threads} is more than four for each of the {os.cpu_count()} cores"
+        )
+    if not config.dataset:
+        raise UserError("--dataset needs a name: tiny, math, harp, olympiad or a FILE.jsonl")
+    if config.dataset == "tiny" and not 2 <= config.pool <= 100_000:
+        raise UserError(
+            "--pool must be from 2 to 100000 in the tiny world, whose problems never end"
+        )
+    if config.reward not in ("grounded", "learnability"):
+        raise UserError("--reward must be one of grounded, learnability")
+    if (config.dataset == "tiny") != (config.model == "tiny"):
+        raise UserError(
+            "the tiny data set and the tiny model belong together: give both or neither of them"
+        )
+    return config
+
 
 def check_context(policy: Policy, pool: list[Problem], config: Config) -> None:
     """Raises UserError when a prompt and its completion may not fit into the model's context."""
     text_config = policy.model.config.get_text_config()
     context = getattr(text_config, "max_position_embeddings", None) or math.inf
     rope = getattr(text_config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":  # beyond this it turns by other angles, and the cache holds the first ones
+    if (
+        rope.get("rope_type") == "longrope"
+    ):  # beyond this it turns by other angles, and the cache holds the first ones
         context = min(context, rope.get("original_max_position_embeddings") or context)
-    length, longest = max((len(policy.student_prompt(problem)), problem.question) for problem in pool)
+    length, longest = max(
+        (len(policy.student_prompt(problem)), problem.question) for problem in pool
+    )
     empty = len(policy.student_prompt(Problem("", "")))
-    needed = {f"the problem that begins {longest[:60]!r}": length + config.student_tokens,
-              "the teacher's prompt": len(policy.teacher_prompt()) + config.teacher_tokens,
-              "a problem of --teacher-tokens": empty + config.teacher_tokens + config.student_tokens}
+    needed = {
+        f"the problem that begins {longest[:60]!r}": length + config.student_tokens,
+        "the teacher's prompt": len(policy.teacher_prompt()) + config.teacher_tokens,
+        "a problem of --teacher-tokens": empty + config.teacher_tokens + config.student_tokens,
+    }
     what, tokens = max(needed.items(), key=lambda item: item[1])
     if tokens > context:
-        raise UserError(f"{what} needs {tokens} tokens with its completion, and the model's context has {context}; "
-                        "lower --student-tokens or --teacher-tokens, or leave long problems out")
+        raise UserError(
+            f"{what} needs {tokens} tokens with its completion, and the model's context has {context}; "
+            "lower --student-tokens or --teacher-tokens, or leave long problems out"
+        )
+
 
 def students_a_step(config: Config) -> int:
     """Jobs of an outer step: students, or datasets where none is trained."""
-    K = config.groups * config.datasets
+    K = config.teacher_batch * config.teacher_group
     return K * config.repeats if config.reward == "grounded" else K
+
 
 def student_completions(config: Config, promotions: int, questions: int) -> int:
     """What the students of one outer step sample after so many promotions: in training, and greedily on the questions."""
-    K, steps = config.groups * config.datasets, config.inner_steps + config.inner_extra * promotions
+    K, steps = (
+        config.teacher_batch * config.teacher_group,
+        config.inner_steps + config.inner_extra * promotions,
+    )
     if config.reward == "learnability":
         return K * config.n * LEARNABILITY_SAMPLES
-    return K * config.repeats * steps * config.batch * config.group + (K * config.repeats + 1) * questions
+    return (
+        K * config.repeats * steps * config.student_batch * config.student_group
+        + (K * config.repeats + 1) * questions
+    )
+
 
 def print_plan(pool: list[Problem], policy: Policy, config: Config) -> None:
     """What is going to happen and what it costs, before it starts."""
-    K, n, students = config.groups * config.datasets, config.n, student_completions(config, 0, config.reward_questions)
-    by_students, by_teacher = len(pool) * config.k + config.steps * students, config.steps * K * n
+    K, n, students = (
+        config.teacher_batch * config.teacher_group,
+        config.n,
+        student_completions(config, 0, config.reward_questions),
+    )
+    by_students, by_teacher = (
+        len(pool) * config.fail_k + config.steps * students,
+        config.steps * K * n,
+    )
     tokens = by_students * config.student_tokens + by_teacher * config.teacher_tokens
-    more = f"; each promotion adds {config.inner_extra} steps to a student" * (config.promotion and config.inner_extra > 0)
-    work = f"{config.repeats} students train on each, {config.inner_steps} steps of {config.batch} x {config.group}"
+    more = f"; each promotion adds {config.inner_extra} steps to a student" * (
+        config.promotion and config.inner_extra > 0
+    )
+    work = f"{config.repeats} students train on each, {config.inner_steps} steps of {config.student_batch} x {config.student_group}"
     reward = """the share of the hard questions that a student gains by training on the teacher's problems, on average
                      over the students; below zero the training did harm"""
     promotion = f"""above {config.tau:g} (tau) a student is promoted: it becomes the
@@ -2716,8 +3676,9 @@ def print_plan(pool: list[Problem], policy: Policy, config: Config) -> None:
     where = f"{str(policy.model.dtype).removeprefix('torch.')} on {policy.model.device}"
     if config.dataset != "tiny" and config.device == "auto" and (reason := missing_gpu()):
         where += f" (no GPU: {reason})"
-    print(f"""SOAR on {config.dataset}: {len(pool)} problems, model {config.model}, {where}, folder {config.out}
-  filter      keep the problems that the model fails {config.k} times of {config.k}: at most {len(pool) * config.k:,} completions
+    print(
+        f"""SOAR on {config.dataset}: {len(pool)} problems, model {config.model}, {where}, folder {config.out}
+  filter      keep the problems that the model fails {config.fail_k} times of {config.fail_k}: at most {len(pool) * config.fail_k:,} completions
   outer step  the teacher writes {K} datasets of {n} problems;
               {work}: {students:,} student completions
   in all      {config.steps} outer steps: {by_teacher + by_students:,} completions, at most {tokens:,} tokens{more}
@@ -2727,43 +3688,60 @@ What the columns of a step say:
   moving average     of the last {config.window} rewards; {promotion}
   right in training  the share of right answers of the students to the teacher's problems
   accepted           the share of the teacher's completions that hold a problem with a readable answer
-""", flush=True)
+""",
+        flush=True,
+    )
+
 
 def show_step(policy: Policy, state: State, config: Config) -> None:
     """A line about the last step, its promotion and, every five steps, one problem and the baseline student's attempt at it."""
     row, question = state.log[-1], state.questions[-1]
-    line = (f"step {row['step']:3d}  reward {row['reward']:+.3f}  best dataset {max(map(np.mean, row['rewards'])):+.3f}  "
-            f"moving average {row['average']:+.3f}  right in training {row['student']['success']:4.0%}  "
-            f"accepted {row['teacher']['acceptance']:4.0%}  {sum(row['cost']['seconds'].values()):.0f} s, "
-            f"{about(policy.meter.left())} left")
+    line = (
+        f"step {row['step']:3d}  reward {row['reward']:+.3f}  best dataset {max(map(np.mean, row['rewards'])):+.3f}  "
+        f"moving average {row['average']:+.3f}  right in training {row['student']['success']:4.0%}  "
+        f"accepted {row['teacher']['acceptance']:4.0%}  {sum(row['cost']['seconds'].values()):.0f} s, "
+        f"{about(policy.meter.left())} left"
+    )
     if promoted := row["promotion"]:
-        line += (f"\n          PROMOTION: student {promoted['student']} of dataset {promoted['dataset']} is the new baseline, "
-                 f"{promoted['accuracy']:.1%} greedy on the hard train set.\n"
-                 "          Its problems join the promotion questions. From now on rewards are gains over this better student.")
+        line += (
+            f"\n          PROMOTION: student {promoted['student']} of dataset {promoted['dataset']} is the new baseline, "
+            f"{promoted['accuracy']:.1%} greedy on the hard train set.\n"
+            "          Its problems join the promotion questions. From now on rewards are gains over this better student."
+        )
     if row["step"] % 5 == 0:
         problem = Problem(question["question"], question["answer"])
         restore(policy.model, state.baseline)
         rollouts, rewards = solve(policy, [problem], 1, config)
         verdict = "right" if rewards[0] == RIGHT else "wrong"
-        said = (("teacher:", problem.question), ("answer:", problem.answer),
-                ("student:", f"{rollouts[0].text.strip()}   ({verdict} by this answer)"))
+        said = (
+            ("teacher:", problem.question),
+            ("answer:", problem.answer),
+            ("student:", f"{rollouts[0].text.strip()}   ({verdict} by this answer)"),
+        )
         for speaker, text in said:
             line += f"\n    {speaker:9}" + text.strip().replace("\n", "\n             ")
     tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()
 
+
 KS = (1, 4, 8, 16, 32)  # of pass@k (paper)
 
-def right_counts(policy: Policy, problems: list[Problem], n: int, config: Config, generator) -> list[int]:
+
+def right_counts(
+    policy: Policy, problems: list[Problem], n: int, config: Config, generator
+) -> list[int]:
     """How many of n attempts of the live model are right, for each problem."""
     return (solve(policy, problems, n, config, generator)[1] == RIGHT).view(-1, n).sum(1).tolist()
+
 
 def measure(policy: Policy, problems: list[Problem], config: Config) -> dict:
     """Greedy accuracy and mean pass@k of the live model, k = 1, 4, 8, 16, 32 as far as --eval-samples allows."""
     n = config.eval_samples
     right = right_counts(policy, problems, n, config, seeded(config.seed, "report"))
     return {"greedy": greedy_right(policy, problems, config).mean().item()} | {
-        f"pass@{k}": float(np.mean([pass_at_k(n, c, k) for c in right])) for k in KS if k <= n}
+        f"pass@{k}": float(np.mean([pass_at_k(n, c, k) for c in right])) for k in KS if k <= n
+    }
+
 
 def bars(values: list[float], low: float, high: float, letters: str) -> str:
     """A curve in one line: each value becomes one of the letters, from the lowest to the highest.
@@ -2774,6 +3752,7 @@ def bars(values: list[float], low: float, high: float, letters: str) -> str:
     places = [round((value - low) / (high - low) * (len(letters) - 1)) for value in values]
     return "".join(letters[min(max(place, 0), len(letters) - 1)] for place in places)
 
+
 def can_print(text: str) -> bool:
     """Whether the console has these letters."""
     try:
@@ -2781,6 +3760,7 @@ def can_print(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
 
 def print_curves(log: list[dict]) -> None:
     """What happened, step by step: the teacher's reward and, in the tiny world, its share of products."""
@@ -2790,48 +3770,77 @@ def print_curves(log: list[dict]) -> None:
     rewards = [row["reward"] for row in log]
     low, high = min(0.0, *rewards), max(0.01, *rewards)
     marks = "".join("^" if row["promotion"] else " " for row in log)
-    print(f"\nreward    {bars(rewards, low, high, letters)}   from {low:+.2f} to {high:+.2f}, one letter a step")
+    print(
+        f"\nreward    {bars(rewards, low, high, letters)}   from {low:+.2f} to {high:+.2f}, one letter a step"
+    )
     print(f"          {marks}   ^ promotion")
     if "topics" in log[0]:
         shares = [row["topics"]["products"] for row in log]
-        print(f"products  {bars(shares, 0.0, 1.0, letters)}   from 0 to 100 % of the teacher's problems")
+        print(
+            f"products  {bars(shares, 0.0, 1.0, letters)}   from 0 to 100 % of the teacher's problems"
+        )
+
 
 def print_table(title: str, rows: dict[str, dict[str, float]]) -> None:
     print(f"\n{title}\n{'':18}" + "".join(f"{column:>12}" for column in next(iter(rows.values()))))
     for name, row in rows.items():
         print(f"{name:18}" + "".join(f"{value:12.1%}" for value in row.values()))
 
+
 def hard_set_key(hard_train: list[Problem], hard_test: list[Problem]) -> str:
     """eval.py compares it, so that students are never tested on another split than that of the run."""
     return fingerprint(hard_train, hard_test)
 
-def report(policy: Policy, hard_train: list[Problem], hard_test: list[Problem], state: State, config: Config) -> None:
+
+def report(
+    policy: Policy,
+    hard_train: list[Problem],
+    hard_test: list[Problem],
+    state: State,
+    config: Config,
+) -> None:
     """The closing tables, also written to report.json."""
     restore(policy.model, policy.base)
     students, topics = {"base model": measure(policy, hard_test, config)}, {}
     if state.promotions:  # from the run folder: the table is about what was saved
         restore(policy.model, snapshot(load_model(f"{config.out}/student", config)[0]))
         students["promoted student"] = measure(policy, hard_test, config)
-    print_table(f"On the {len(hard_test)} held-out hard problems (never trained on, never a reward);\n"
-                "pass@k is the chance that at least one of k sampled answers is right:", students)
+    print_table(
+        f"On the {len(hard_test)} held-out hard problems (never trained on, never a reward);\n"
+        "pass@k is the chance that at least one of k sampled answers is right:",
+        students,
+    )
     if config.dataset == "tiny":
         for name, weights in (("at the start", policy.base), ("at the end", state.teacher)):
             restore(policy.model, weights)
-            accepted, _ = propose(policy, 400, config, seeded(config.seed, "report topics"))
-            topics[name] = topic_shares([problem for _, problem in accepted])
+            generator = seeded(config.seed, "report topics")
+            topics[name] = topic_shares(propose(policy, 400, config, generator)[1])
         print_table("The teacher's problems:", topics)
         before, after = (topics[name]["products"] for name in topics)
-        print("\nOnly products teach the student something: sums it knows, ambiguous problems have no right answer. The teacher was\n"
-              f"told nothing but the rewards, and went from {before:.0%} to {after:.0%} products.")
+        print(
+            "\nOnly products teach the student something: sums it knows, ambiguous problems have no right answer. The teacher was\n"
+            f"told nothing but the rewards, and went from {before:.0%} to {after:.0%} products."
+        )
     print_curves(state.log)
-    write_json(Path(config.out) / "report.json", {
-        "students": students, "topics": topics, "steps": len(state.log), "promotions": state.promotions,
-        "promotion_questions": len(state.promotion_questions), "hard_set": hard_set_key(hard_train, hard_test),
-        "weights": {"teacher": weights_key(state.teacher), "student": state.student_key}})
-    print(f"\n{state.promotions} promotion(s), {len(state.promotion_questions)} promotion questions; see {config.out}/")
+    write_json(
+        Path(config.out) / "report.json",
+        {
+            "students": students,
+            "topics": topics,
+            "steps": len(state.log),
+            "promotions": state.promotions,
+            "promotion_questions": len(state.promotion_questions),
+            "hard_set": hard_set_key(hard_train, hard_test),
+            "weights": {"teacher": weights_key(state.teacher), "student": state.student_key},
+        },
+    )
+    print(
+        f"\n{state.promotions} promotion(s), {len(state.promotion_questions)} promotion questions; see {config.out}/"
+    )
     if not state.promotions:
         print("No student was promoted, so the student is still the base model.")
     print_next_commands(config)
+
 
 def print_next_commands(config: Config) -> None:
     """What to type next: it compares this run with what it must be compared with."""
@@ -2839,9 +3848,12 @@ def print_next_commands(config: Config) -> None:
     if config.dataset == "tiny" and config.reward == "grounded" and config.promotion:
         other = f"{config.out}-learnability"
         seeds = f"--seed {config.seed} --data-seed {config.data_seed}"
-        commands = [f"python soar.py {seeds} --reward learnability --out {shlex.quote(other)}",
-                    f"python eval.py {shlex.quote(config.out)} {shlex.quote(other)}"]
+        commands = [
+            f"python soar.py {seeds} --reward learnability --out {shlex.quote(other)}",
+            f"python eval.py {shlex.quote(config.out)} {shlex.quote(other)}",
+        ]
     print("\nNext, to see what else trains a student, and how well:\n  " + "\n  ".join(commands))
+
 
 def prepare(config: Config, meter: Meter) -> tuple[Policy, list[Problem]]:
     """The policy and the pool of problems. Raises UserError."""
@@ -2857,9 +3869,12 @@ def prepare(config: Config, meter: Meter) -> tuple[Policy, list[Problem]]:
         pool = load_problems(config.dataset, config.cache)
         if 0 < config.pool < len(pool):
             pool = random.Random(f"pool {config.data_seed}").sample(pool, config.pool)
-    policy = load_policy(tiny_base_model(config) if config.model == "tiny" else config.model, config, meter)
+    policy = load_policy(
+        tiny_base_model(config) if config.model == "tiny" else config.model, config, meter
+    )
     check_context(policy, pool, config)
     return policy, pool
+
 
 def run(config: Config, meter: Meter) -> None:
     """Everything, from the flags to the closing table. Raises UserError."""
@@ -2872,8 +3887,11 @@ def run(config: Config, meter: Meter) -> None:
         with workers(policy, config, students_a_step(config)):
             hard = hard_problems(policy, pool, config)
             hard_train, hard_test = split_hard(hard, config)
-            print(f"{len(hard)} of {len(pool)} problems are fail@{config.k}: {len(hard_train)} for the reward, "
-                  f"{len(hard_test)} held out\n", flush=True)
+            print(
+                f"{len(hard)} of {len(pool)} problems are fail@{config.fail_k}: {len(hard_train)} for the reward, "
+                f"{len(hard_test)} held out\n",
+                flush=True,
+            )
             state = first_state(policy, hard_train, hard_test, config)
             write_json(folder / "config.json", vars(config))
             outer_loop(policy, hard_train, state, config)
@@ -2881,17 +3899,28 @@ def run(config: Config, meter: Meter) -> None:
         save_model(policy.model, policy.tokenizer, folder / "teacher")
         report(policy, hard_train, hard_test, state, config)
 
-def first_state(policy: Policy, hard_train: list[Problem], hard_test: list[Problem], config: Config) -> State:
+
+def first_state(
+    policy: Policy, hard_train: list[Problem], hard_test: list[Problem], config: Config
+) -> State:
     """Where the run begins, or goes on. Raises UserError when it would go on with other inputs than it began with."""
-    inputs = fingerprint(weights_key(policy.base), policy.teacher_prompt(), policy.student_prompt(Problem("", "")),
-                         hard_train, hard_test)
+    inputs = fingerprint(
+        weights_key(policy.base),
+        policy.teacher_prompt(),
+        policy.student_prompt(Problem("", "")),
+        hard_train,
+        hard_test,
+    )
     state = load_checkpoint(Path(config.out))
     if state is None:
         return State(policy.base, adamw_state(policy.model, "cpu"), policy.base, inputs)
     if state.inputs != inputs:
-        raise UserError(f"the run in {config.out} began with another model, other prompts or other problems than this command "
-                        "gives it: has a file changed? Put it back, or choose another --out")
+        raise UserError(
+            f"the run in {config.out} began with another model, other prompts or other problems than this command "
+            "gives it: has a file changed? Put it back, or choose another --out"
+        )
     return state
+
 
 def outer_loop(policy: Policy, hard_train: list[Problem], state: State, config: Config) -> None:
     """The outer steps that are left, each with its checkpoint and its line on the screen."""
@@ -2903,12 +3932,18 @@ def outer_loop(policy: Policy, hard_train: list[Problem], state: State, config: 
         meter.seconds.clear(), meter.tokens.clear()
         row = outer_step(policy, hard_train, state, config)
         meter("saving")
-        training = sum(meter.seconds[phase] for phase in ("log-probs", "backward", "optimizer"))
-        row["cost"] = {"seconds": dict(meter.seconds), "peak_memory_gb": peak_memory_gb(policy.model.device),
-                       "tokens_per_second": {"sampled": meter.tokens["sampled"] / meter.seconds["sampling"],
-                                             "trained": meter.tokens["trained"] / (training or math.inf)}}
+        training = meter.seconds["training"]
+        row["cost"] = {
+            "seconds": dict(meter.seconds),
+            "peak_memory_gb": peak_memory_gb(policy.model.device),
+            "tokens_per_second": {
+                "sampled": meter.tokens["sampled"] / meter.seconds["sampling"],
+                "trained": meter.tokens["trained"] / (training or math.inf),
+            },
+        }
         save_checkpoint(folder, state)
         show_step(policy, state, config)
+
 
 def check_disk(policy: Policy, folder: Path) -> None:
     """Raises UserError when the run's files cannot fit: two checkpoints side by side (teacher, baseline, float32 moments) and,
@@ -2920,8 +3955,11 @@ def check_disk(policy: Policy, folder: Path) -> None:
     if need > 1:
         print(f"The run needs up to {need:.0f} GB of the disk; {free:.0f} GB are free.\n")
     if need > free:
-        raise UserError(f"the run needs up to {need:.1f} GB in {folder}, and {free:.1f} GB are free; "
-                        "free some space, or choose an --out on another disk")
+        raise UserError(
+            f"the run needs up to {need:.1f} GB in {folder}, and {free:.1f} GB are free; "
+            "free some space, or choose an --out on another disk"
+        )
+
 
 def peak_memory_gb(device) -> float:
     """Of the GPU, or of this process on a CPU (0 where the system does not tell)."""
@@ -2929,8 +3967,12 @@ def peak_memory_gb(device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     with contextlib.suppress(ImportError):  # Windows
         import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+            1e9 if sys.platform == "darwin" else 1e6
+        )
     return 0.0
+
 
 def print_anything() -> None:
     """A console that lacks a letter (cp1252 on Windows) shows a question mark for it, and the run goes on."""
@@ -2938,11 +3980,14 @@ def print_anything() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
 
+
 def quiet_libraries() -> None:
     import transformers  # late: --help and most mistakes need not wait for it
+
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
 
 def is_out_of_memory(error: Exception) -> bool:
     """Of a CPU, and of memory that a CUDA library asked for, PyTorch says it in words only."""
@@ -2950,6 +3995,7 @@ def is_out_of_memory(error: Exception) -> bool:
         return True
     words = "allocate memory|not enough memory|out of memory|ALLOC_FAILED"
     return re.search(words, str(error)) is not None
+
 
 def guarded(program: str, work, meter: Meter, again: list[str]) -> int:
     """work() as an exit code: 0; 2 after a mistake that the user can mend, said in one sentence; 130 after Ctrl-C.
@@ -2971,11 +4017,12 @@ def guarded(program: str, work, meter: Meter, again: list[str]) -> int:
         if not is_out_of_memory(error):
             raise
         train = "lower --micro-tokens or add --checkpointing"
-        advice = {"sampling": "lower --sample-tokens", "log-probs": train, "backward": train}
+        advice = {"sampling": "lower --sample-tokens", "training": train}
         advice = advice.get(meter.phase, "take a smaller --model")
         sentence = f"out of memory (phase: {meter.phase}); {advice} and go on with: {again}"
     print(f"{program}: {sentence}", file=sys.stderr, flush=True)
     return code
+
 
 def main(argv: list[str] | None = None) -> int:
     argv, meter = sys.argv[1:] if argv is None else argv, Meter()
@@ -2988,7 +4035,10 @@ def main(argv: list[str] | None = None) -> int:
         quiet_libraries()
         run(config, meter)
 
-    return guarded("soar", work, meter, ["python", "soar.py", *argv] + ["--resume"] * ("--resume" not in argv))
+    return guarded(
+        "soar", work, meter, ["python", "soar.py", *argv] + ["--resume"] * ("--resume" not in argv)
+    )
+
 
 if __name__ == "__main__":
     sys.exit(main())

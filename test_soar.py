@@ -5,6 +5,7 @@ once for all tests. The last test needs a real pretrained model: it is skipped u
 SOAR_REAL_MODEL names the folder of one. Some tests want real problems: they are skipped unless SOAR_REAL_DATA names a
 folder with math_test.jsonl, harp.jsonl and olympiadbench.jsonl (fields problem and answer).
 """
+
 import argparse
 import contextlib
 import copy
@@ -47,8 +48,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import eval as eval_  # noqa: E402
 import soar  # noqa: E402
-from soar import (RIGHT, Config, Problem, Rollout, UserError, answers_equal, extract_boxed, parses,  # noqa: E402
-                  student_reward)
+from soar import (
+    RIGHT,
+    Config,
+    Problem,
+    Rollout,
+    UserError,
+    answers_equal,
+    extract_boxed,
+    parses,  # noqa: E402
+    student_reward,
+)
 
 ROOT = Path(__file__).resolve().parent
 REAL_DATA = Path(os.environ.get("SOAR_REAL_DATA", "SOAR_REAL_DATA is not set"))
@@ -64,10 +74,22 @@ transformers.logging.disable_progress_bar()
 def random_model(kind: str = "Llama", vocab: int = 32, eos=(1,), seed: int = 0, **settings):
     """Two layers, width 32, weights large enough that the next token is far from uniform."""
     torch.manual_seed(seed)
-    settings = dict(
-        vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, pad_token_id=0, bos_token_id=None,
-        eos_token_id=list(eos)) | settings
+    settings = (
+        dict(
+            vocab_size=vocab,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            initializer_range=0.3,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=list(eos),
+        )
+        | settings
+    )
     config = getattr(transformers, kind + "Config")(**settings)
     soar.use_own_attention()  # as load_model() does
     return transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -75,13 +97,28 @@ def random_model(kind: str = "Llama", vocab: int = 32, eos=(1,), seed: int = 0, 
 
 def bare_policy(model, reference=None):
     """A policy for tests that need no text."""
-    return soar.Policy(model, reference, None, "", "{problem}", False, soar.snapshot(model), soar.Meter())
+    return soar.Policy(
+        model, reference, None, "", "{problem}", False, soar.snapshot(model), soar.Meter()
+    )
 
 
 def small_config(**overrides) -> Config:
     """The tiny preset, with sizes for a test."""
-    sizes = dict(dataset="tiny", n=4, datasets=2, repeats=2, inner_steps=2, batch=4, group=4, steps=4, k=8, window=1,
-                 reward_questions=8, student_lr=3e-3, teacher_lr=1e-3)
+    sizes = dict(
+        dataset="tiny",
+        n=4,
+        teacher_group=2,
+        repeats=2,
+        inner_steps=2,
+        student_batch=4,
+        student_group=4,
+        steps=4,
+        fail_k=8,
+        window=1,
+        reward_questions=8,
+        student_lr=3e-3,
+        teacher_lr=1e-3,
+    )
     return Config(**soar.PRESETS["tiny"] | sizes | overrides)
 
 
@@ -92,7 +129,10 @@ PROCESS_COUNT = soar.process_count
 def one_process(monkeypatch):
     """Other processes would not have a test's patches, and take seconds to start: only where --processes asks for them."""
     monkeypatch.setattr(
-        soar, "process_count", lambda policy, config, jobs: PROCESS_COUNT(policy, config, jobs) if config.processes else 1)
+        soar,
+        "process_count",
+        lambda policy, config, jobs: PROCESS_COUNT(policy, config, jobs) if config.processes else 1,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -119,12 +159,16 @@ def single_products(world) -> list[Problem]:
 
 def single_sums() -> list[Problem]:
     """Worksheets that the base model always has right."""
-    return [Problem(soar.worksheet([f"{x}+{y}"]), soar.worksheet([x + y])) for x in range(4, 10) for y in range(4, 10)]
+    return [
+        Problem(soar.worksheet([f"{x}+{y}"]), soar.worksheet([x + y]))
+        for x in range(4, 10)
+        for y in range(4, 10)
+    ]
 
 
 def trained(policy, dataset, steps, config, key) -> list[torch.Tensor]:
     """The weights of a student that starts from the live model."""
-    batches = soar.epochs(dataset, steps, config.batch, soar.seeded(*key, "order"))
+    batches = soar.batches_of(dataset, steps, config.student_batch, soar.seeded(*key, "order"))
     soar.train_student(policy, batches, config, key)
     return soar.snapshot(policy.model)
 
@@ -150,7 +194,12 @@ def refused(capsys, argv, *words):
     capsys.readouterr()
     assert soar.main(argv) == 2
     error = capsys.readouterr().err
-    assert error.startswith("soar: ") and error.count("\n") == 1 and error.endswith("\n") and "Traceback" not in error
+    assert (
+        error.startswith("soar: ")
+        and error.count("\n") == 1
+        and error.endswith("\n")
+        and "Traceback" not in error
+    )
     assert all(word in error for word in words), error
 
 
@@ -202,13 +251,28 @@ def test_every_field_has_help(capsys):
     assert all(set(preset) <= set(helped) for preset in soar.PRESETS.values())
 
 
-@pytest.mark.parametrize("argv, word", [
-    (["--preset", "huge"], "--preset"), (["--steps", "0"], "--steps"), (["--datasets", "1"], "--datasets"),
-    (["--group", "1"], "--group"), (["--temperature", "0"], "--temperature"), (["--student-lr", "nan"], "--student-lr"),
-    (["--kl", "-1"], "--kl"), (["--reward", "vibes"], "--reward"),
-    (["--dataset", "math", "--model", "tiny"], "tiny"), (["--model", "some/model"], "tiny"),
-    (["--pool", "0"], "--pool"), (["--pool", "1000000000"], "--pool"), (["--threads", "1000000"], "--threads"),
-    (["--dataset", "", "--model", "x"], "--dataset"), (["--tau", "nan"], "--tau"), (["--kl", "nan"], "--kl"), (["--clip", "inf"], "--clip")])
+@pytest.mark.parametrize(
+    "argv, word",
+    [
+        (["--preset", "huge"], "--preset"),
+        (["--steps", "0"], "--steps"),
+        (["--teacher-group", "1"], "--teacher-group"),
+        (["--student-group", "1"], "--student-group"),
+        (["--temperature", "0"], "--temperature"),
+        (["--student-lr", "nan"], "--student-lr"),
+        (["--kl", "-1"], "--kl"),
+        (["--reward", "vibes"], "--reward"),
+        (["--dataset", "math", "--model", "tiny"], "tiny"),
+        (["--model", "some/model"], "tiny"),
+        (["--pool", "0"], "--pool"),
+        (["--pool", "1000000000"], "--pool"),
+        (["--threads", "1000000"], "--threads"),
+        (["--dataset", "", "--model", "x"], "--dataset"),
+        (["--tau", "nan"], "--tau"),
+        (["--kl", "nan"], "--kl"),
+        (["--clip", "inf"], "--clip"),
+    ],
+)
 def test_bad_values(argv, word):
     """Values that cannot work must be refused before hours of sampling. NaN passes every comparison with a bound."""
     with pytest.raises(UserError, match=word):
@@ -217,7 +281,13 @@ def test_bad_values(argv, word):
 
 def test_generators_depend_on_all_of_their_key():
     """Two students with the same random numbers would be one student."""
-    keys = [(0, "student", 0, 0), (0, "student", 0, 1), (0, "student", 1, 0), (1, "student", 0, 0), (0, "propose", 0)]
+    keys = [
+        (0, "student", 0, 0),
+        (0, "student", 0, 1),
+        (0, "student", 1, 0),
+        (1, "student", 0, 0),
+        (0, "propose", 0),
+    ]
     draws = [torch.rand(4, generator=soar.seeded(*key)).tolist() for key in keys]
     assert len({tuple(draw) for draw in draws}) == len(keys)
     assert draws[0] == torch.rand(4, generator=soar.seeded(*keys[0])).tolist()
@@ -946,6 +1016,7 @@ e^2 != 2e != 7.39
 \quad != \,
 """
 
+
 def rows_of(table: str) -> list[tuple[bool, list[str]]]:
     """(equal, [answer, other, ...]) for each row."""
     rows = []
@@ -960,57 +1031,268 @@ ROWS = rows_of(CASES)
 PAIRS = [(equal, row[0], other) for equal, row in ROWS for other in row[1:]]
 
 CODE = [
-    "__import__('os').system('touch pwned')", "exec('5')", "eval('5')", "x.__class__.__mro__",
-    "lambda x: x", "5; import os", "open('pwned', 'w')", "().__class__.__bases__[0]", "print(5)",
-    "5 if True else 6", "`touch pwned`", "%(5)s", "5#6", "5//1", "5&4", "5|1", "~-5", "5<<1",
-    "int('5')", "__builtins__", "globals()", "f'{5}'", "'5'", "5 and __import__",
-    r"\input{/etc/passwd}", r"\write18{ls}", r"\def\x{5}\x", r"\newcommand{\a}{5}\a",
-    r"\csname 5\endcsname", r"\catcode`5", "sympy.Integer(5)", "Integer(5)", r"\sin.__class__",
-    "<script>5</script>", "../../5", r"\url{5}"]
+    "__import__('os').system('touch pwned')",
+    "exec('5')",
+    "eval('5')",
+    "x.__class__.__mro__",
+    "lambda x: x",
+    "5; import os",
+    "open('pwned', 'w')",
+    "().__class__.__bases__[0]",
+    "print(5)",
+    "5 if True else 6",
+    "`touch pwned`",
+    "%(5)s",
+    "5#6",
+    "5//1",
+    "5&4",
+    "5|1",
+    "~-5",
+    "5<<1",
+    "int('5')",
+    "__builtins__",
+    "globals()",
+    "f'{5}'",
+    "'5'",
+    "5 and __import__",
+    r"\input{/etc/passwd}",
+    r"\write18{ls}",
+    r"\def\x{5}\x",
+    r"\newcommand{\a}{5}\a",
+    r"\csname 5\endcsname",
+    r"\catcode`5",
+    "sympy.Integer(5)",
+    "Integer(5)",
+    r"\sin.__class__",
+    "<script>5</script>",
+    "../../5",
+    r"\url{5}",
+]
 SIZES = [
-    "9**9**9**9", "9^{9^{9^{9}}}", "9^9^9^9", "1000000000!", "((((3!)!)!)!)!", "3!!!!!!", "99999!!",
-    "1e999999999", "1e9999", "10^{10^{10}}", "2^{100000}", r"\binom{1000000}{500000}",
-    r"\binom{3000}{1500}!", "(10^{4000})!", "x!" + "!" * 300, "(10^{4000})^{(10^{4000})}",
-    r"\exp(\exp(\exp(\exp(9))))", r"\pi^{\pi^{\pi^{\pi^{\pi}}}}", r"\sqrt{2^{16000}+1}",
-    "(" + "9" * 380 + ")^{1/3}", "(" + "9" * 380 + ")^{9999}", "1/" * 199 + "1", "1/" * 400 + "1",
-    "1." + "3" * 395, "5" * 399, "5" * 999, "5" * 100_000, "0." + "0" * 390 + "5",
-    r"\sin(10^{9000})", r"\tan 90^\circ", r"\cos(10^{4000}i)", r"\log 0", "1/0", "0/0", "0^{-1}",
-    r"\infty-\infty", r"\infty/\infty", r"0\cdot\infty", r"1^{\infty}", r"(-1)^{\infty}",
-    "i^{i^{i^i}}", "(-1)!", "(1/2)!", "i!", r"\infty!", r"\lfloor i\rfloor",
-    r"\lfloor\infty\rfloor", r"\sqrt[0]{5}", r"\sqrt[1000000000]{5}", r"\log_1 5", r"\log_{-1}5",
-    r"\arcsin 10^{99}", r"\binom{-1}{-1}", r"\binom{1/2}{3}", r"\binom{5}{10^{9}}",
-    r"\frac{1}{x-x}", r"\frac{x}{0}", "x^{x^{x^{x^x}}}", "x!!!!", "2^{2^{2^{2^x}}}",
-    "x" + "^x" * 150, "x" + "^x" * 400, "x" + "^{x" * 25 + "}" * 25,
-    r"\lfloor " * 30 + "x" + r"\rfloor " * 30, "*".join(["2^{9999}"] * 45),
-    "*".join(["2^{9999}"] * 100), "+".join(["2^{9999}"] * 45), "*".join(["3000!"] * 60),
-    "+".join(["1/3000!"] * 50), r"\sum_{i=1}^{10^9} i", r"\int_0^1 x dx", r"\lim_{x\to0}x"]
+    "9**9**9**9",
+    "9^{9^{9^{9}}}",
+    "9^9^9^9",
+    "1000000000!",
+    "((((3!)!)!)!)!",
+    "3!!!!!!",
+    "99999!!",
+    "1e999999999",
+    "1e9999",
+    "10^{10^{10}}",
+    "2^{100000}",
+    r"\binom{1000000}{500000}",
+    r"\binom{3000}{1500}!",
+    "(10^{4000})!",
+    "x!" + "!" * 300,
+    "(10^{4000})^{(10^{4000})}",
+    r"\exp(\exp(\exp(\exp(9))))",
+    r"\pi^{\pi^{\pi^{\pi^{\pi}}}}",
+    r"\sqrt{2^{16000}+1}",
+    "(" + "9" * 380 + ")^{1/3}",
+    "(" + "9" * 380 + ")^{9999}",
+    "1/" * 199 + "1",
+    "1/" * 400 + "1",
+    "1." + "3" * 395,
+    "5" * 399,
+    "5" * 999,
+    "5" * 100_000,
+    "0." + "0" * 390 + "5",
+    r"\sin(10^{9000})",
+    r"\tan 90^\circ",
+    r"\cos(10^{4000}i)",
+    r"\log 0",
+    "1/0",
+    "0/0",
+    "0^{-1}",
+    r"\infty-\infty",
+    r"\infty/\infty",
+    r"0\cdot\infty",
+    r"1^{\infty}",
+    r"(-1)^{\infty}",
+    "i^{i^{i^i}}",
+    "(-1)!",
+    "(1/2)!",
+    "i!",
+    r"\infty!",
+    r"\lfloor i\rfloor",
+    r"\lfloor\infty\rfloor",
+    r"\sqrt[0]{5}",
+    r"\sqrt[1000000000]{5}",
+    r"\log_1 5",
+    r"\log_{-1}5",
+    r"\arcsin 10^{99}",
+    r"\binom{-1}{-1}",
+    r"\binom{1/2}{3}",
+    r"\binom{5}{10^{9}}",
+    r"\frac{1}{x-x}",
+    r"\frac{x}{0}",
+    "x^{x^{x^{x^x}}}",
+    "x!!!!",
+    "2^{2^{2^{2^x}}}",
+    "x" + "^x" * 150,
+    "x" + "^x" * 400,
+    "x" + "^{x" * 25 + "}" * 25,
+    r"\lfloor " * 30 + "x" + r"\rfloor " * 30,
+    "*".join(["2^{9999}"] * 45),
+    "*".join(["2^{9999}"] * 100),
+    "+".join(["2^{9999}"] * 45),
+    "*".join(["3000!"] * 60),
+    "+".join(["1/3000!"] * 50),
+    r"\sum_{i=1}^{10^9} i",
+    r"\int_0^1 x dx",
+    r"\lim_{x\to0}x",
+]
 NESTS = [
-    "(" * 20_000, "(" * 20_000 + "5" + ")" * 20_000, "(" * 199 + "5" + ")" * 200,
-    "{" * 400 + "5" + "}" * 400, "[" * 150 + "5" + "]" * 150, "|" * 900, "|" * 399, "|x" * 150,
-    "-" * 999 + "7", "-" * 399 + "7", "+" * 300, "!" * 399, "5" + "!" * 300, r"\frac" * 150,
-    r"\frac" * 80, r"\sqrt" * 150 + "5", r"\sqrt" * 70 + "5", "√" * 399 + "5", "\\log " * 49 + "5",
-    r"\sin" * 90 + "5", "^" * 300, "5" + "^" * 300, "_" * 300, "x" + "_x" * 150,
-    "x" + "_{x" * 60 + "}" * 60, r"\boxed{" * 5000, r"\text{" * 60 + "5" + "}" * 60,
-    r"\begin{pmatrix}" * 20 + "5", r"\\" * 200, "&" * 399, "\\!" * 400, "," * 399, "5," * 199,
-    ",".join(r"\sqrt{%d}" % n for n in range(2, 40)), "=".join("x" * 100), "x=" * 150 + "5",
-    "<".join("x" * 100), "5=5=5", "4=5", "0=0", "5<6", r"\pm" * 300, "±" * 399, "5" + "±5" * 150,
-    ":" * 300, "5:" * 150 + "5", "5 " * 190, "5%" * 190, "°" * 399, r"\%" * 190, "$" * 399,
-    "?" * 300, "." * 399, "5" + "." * 300, '"' * 900, "''" * 190, "5,5", "5,4,3"]
+    "(" * 20_000,
+    "(" * 20_000 + "5" + ")" * 20_000,
+    "(" * 199 + "5" + ")" * 200,
+    "{" * 400 + "5" + "}" * 400,
+    "[" * 150 + "5" + "]" * 150,
+    "|" * 900,
+    "|" * 399,
+    "|x" * 150,
+    "-" * 999 + "7",
+    "-" * 399 + "7",
+    "+" * 300,
+    "!" * 399,
+    "5" + "!" * 300,
+    r"\frac" * 150,
+    r"\frac" * 80,
+    r"\sqrt" * 150 + "5",
+    r"\sqrt" * 70 + "5",
+    "√" * 399 + "5",
+    "\\log " * 49 + "5",
+    r"\sin" * 90 + "5",
+    "^" * 300,
+    "5" + "^" * 300,
+    "_" * 300,
+    "x" + "_x" * 150,
+    "x" + "_{x" * 60 + "}" * 60,
+    r"\boxed{" * 5000,
+    r"\text{" * 60 + "5" + "}" * 60,
+    r"\begin{pmatrix}" * 20 + "5",
+    r"\\" * 200,
+    "&" * 399,
+    "\\!" * 400,
+    "," * 399,
+    "5," * 199,
+    ",".join(r"\sqrt{%d}" % n for n in range(2, 40)),
+    "=".join("x" * 100),
+    "x=" * 150 + "5",
+    "<".join("x" * 100),
+    "5=5=5",
+    "4=5",
+    "0=0",
+    "5<6",
+    r"\pm" * 300,
+    "±" * 399,
+    "5" + "±5" * 150,
+    ":" * 300,
+    "5:" * 150 + "5",
+    "5 " * 190,
+    "5%" * 190,
+    "°" * 399,
+    r"\%" * 190,
+    "$" * 399,
+    "?" * 300,
+    "." * 399,
+    "5" + "." * 300,
+    '"' * 900,
+    "''" * 190,
+    "5,5",
+    "5,4,3",
+]
 PATTERNS = [
-    "a" * 399, "a" * 399 + "!", "a " * 199, "aaaa " * 79, "Aa" * 190, "A" + " a" * 190 + "=",
-    "1," * 199, "1,000" * 70, "1,000," * 65, "1 000 " * 60, "0" * 398 + ":", "0:" * 190,
-    "1:00 " * 70, r"\text{ " * 80, r"\text{" + "a " * 190, r"\hspace{" * 50, "{-}" * 130,
-    "{,}" * 130, r"\overline{" * 39, "." * 200 + r"\overline{3}",
-    "1" * 150 + "." + "1" * 150 + r"\overline{" + "1" * 80, r"\left|" * 60, "|a" * 190 + "|",
-    r"\approx" * 50, r"\circ^" * 60, r"^{\circ" * 50, "and or " * 50, r"\{x|" * 90, r"\{ x " * 70,
-    "f(" * 190, "f(" * 90 + ")" * 90, "P(a," * 90, "1e" * 190, "1e9" * 130, "x" * 150 + "y" * 150,
-    "\\" * 399, r"\a" * 199, "apples " * 57, "1 1/" * 99]
+    "a" * 399,
+    "a" * 399 + "!",
+    "a " * 199,
+    "aaaa " * 79,
+    "Aa" * 190,
+    "A" + " a" * 190 + "=",
+    "1," * 199,
+    "1,000" * 70,
+    "1,000," * 65,
+    "1 000 " * 60,
+    "0" * 398 + ":",
+    "0:" * 190,
+    "1:00 " * 70,
+    r"\text{ " * 80,
+    r"\text{" + "a " * 190,
+    r"\hspace{" * 50,
+    "{-}" * 130,
+    "{,}" * 130,
+    r"\overline{" * 39,
+    "." * 200 + r"\overline{3}",
+    "1" * 150 + "." + "1" * 150 + r"\overline{" + "1" * 80,
+    r"\left|" * 60,
+    "|a" * 190 + "|",
+    r"\approx" * 50,
+    r"\circ^" * 60,
+    r"^{\circ" * 50,
+    "and or " * 50,
+    r"\{x|" * 90,
+    r"\{ x " * 70,
+    "f(" * 190,
+    "f(" * 90 + ")" * 90,
+    "P(a," * 90,
+    "1e" * 190,
+    "1e9" * 130,
+    "x" * 150 + "y" * 150,
+    "\\" * 399,
+    r"\a" * 199,
+    "apples " * 57,
+    "1 1/" * 99,
+]
 STRANGE = [
-    "٥", "⁵", "₅", "Ⅴ", "五", "½½½", "²", "∞∞", "∑", "√√√", "\u202e5", "5\u200b", "\u200b5",
-    "5\u0301", "\ufeff5", "é", "ﬁ", "ﷺ" * 20, "ﷺ" * 399, "\u0130", "🙂" * 300, "\x00", "5\x00",
-    "\x005", "\x1b[31m5", "\ud800", "5\udfff", "\udc00" * 99, "∎", "∎5", "5∎", "⟦5⟧", "′", "f′′",
-    "α" * 200, "×5", "÷", "∅∅", "", " ", "\n", "~" * 399, " " * 399, "\u2028", "5\u20286", "5\x1c6",
-    "5\x856", "5\u30006"]
+    "٥",
+    "⁵",
+    "₅",
+    "Ⅴ",
+    "五",
+    "½½½",
+    "²",
+    "∞∞",
+    "∑",
+    "√√√",
+    "\u202e5",
+    "5\u200b",
+    "\u200b5",
+    "5\u0301",
+    "\ufeff5",
+    "é",
+    "ﬁ",
+    "ﷺ" * 20,
+    "ﷺ" * 399,
+    "\u0130",
+    "🙂" * 300,
+    "\x00",
+    "5\x00",
+    "\x005",
+    "\x1b[31m5",
+    "\ud800",
+    "5\udfff",
+    "\udc00" * 99,
+    "∎",
+    "∎5",
+    "5∎",
+    "⟦5⟧",
+    "′",
+    "f′′",
+    "α" * 200,
+    "×5",
+    "÷",
+    "∅∅",
+    "",
+    " ",
+    "\n",
+    "~" * 399,
+    " " * 399,
+    "\u2028",
+    "5\u20286",
+    "5\x1c6",
+    "5\x856",
+    "5\u30006",
+]
 HOSTILE = {"code": CODE, "sizes": SIZES, "nests": NESTS, "patterns": PATTERNS, "strange": STRANGE}
 
 BOXES = [
@@ -1024,7 +1306,8 @@ BOXES = [
     (r"} \boxed {3} {", "3"),
     (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
     (r"\boxed{1 \boxed{2}}", "2"),
-    ("\\boxed{\n\\begin{pmatrix}1\\\\2\\end{pmatrix}\n}.", r"\begin{pmatrix}1\\2\end{pmatrix}")]
+    ("\\boxed{\n\\begin{pmatrix}1\\\\2\\end{pmatrix}\n}.", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+]
 
 REWARDS = [
     (r"so \boxed{7}", 120),
@@ -1040,12 +1323,37 @@ REWARDS = [
     (r"$7$" + "$1$" * 9 + r"\boxed{8}", 20),
     (r"\boxed{7", 0),
     (r"$7$ \boxed{ }", 0),
-    ("", 0)]
+    ("", 0),
+]
 
-PARSES = ["5", r"\frac{3}{4}", "x^2+1", "(1,2)", "a= 56 ,b= 54", "[0,1)", r"\$5", r"5\text{ cm}", "C",
-          r"x \in [0,1]", r"\pm 3"]
-PARSES_NOT = ["hello world", "", " ", r"\frac{", "4=5=6", "x+", "x^", "2 3", r"\text{hello}",
-              "(1,2", r"\foo", "1,,x+", "()"]
+PARSES = [
+    "5",
+    r"\frac{3}{4}",
+    "x^2+1",
+    "(1,2)",
+    "a= 56 ,b= 54",
+    "[0,1)",
+    r"\$5",
+    r"5\text{ cm}",
+    "C",
+    r"x \in [0,1]",
+    r"\pm 3",
+]
+PARSES_NOT = [
+    "hello world",
+    "",
+    " ",
+    r"\frac{",
+    "4=5=6",
+    "x+",
+    "x^",
+    "2 3",
+    r"\text{hello}",
+    "(1,2",
+    r"\foo",
+    "1,,x+",
+    "()",
+]
 
 
 @pytest.mark.parametrize("equal, row", ROWS, ids=[row[0][:40] for _, row in ROWS])
@@ -1075,7 +1383,10 @@ def test_hostile_texts_run_nothing_and_are_refused_quickly(kind):
         AUDITED.append("begin")
         start = time.process_time()
         for gold in ("5", "x+1", r"\sqrt2", "1,2", "(1,2)", "x>5", "55"):
-            assert not answers_equal(text, gold) and not answers_equal(gold, text), (text[:60], gold)
+            assert not answers_equal(text, gold) and not answers_equal(gold, text), (
+                text[:60],
+                gold,
+            )
         parses(text)
         extract_boxed(text)
         student_reward(text, "5")
@@ -1121,11 +1432,17 @@ def test_worksheets_of_any_length():
         sheet, answer = soar.textbook_exercise(world, rng)
         items = [item.strip() for item in answer.split(",")]
         assert parses(answer) and len(items) == sheet.count("=")
-        assert answers_equal(" , ".join(reversed(items)), answer) and answers_equal(answer.replace(" ", ""), answer)
+        assert answers_equal(" , ".join(reversed(items)), answer) and answers_equal(
+            answer.replace(" ", ""), answer
+        )
         label, number = items[-1].split("=")
         assert not answers_equal(",".join([*items[:-1], f"{label}={int(number) + 1}"]), answer)
         assert len(items) == 1 or not answers_equal(",".join(items[:-1]), answer)
-    assert answers_equal("d=4, e=5", "e=5, d=4") and answers_equal("e=5", "5") and not answers_equal("e=5", "e")
+    assert (
+        answers_equal("d=4, e=5", "e=5, d=4")
+        and answers_equal("e=5", "5")
+        and not answers_equal("e=5", "e")
+    )
     assert answers_equal("z=i", "i") and not answers_equal("e^2=5", "5")
 
 
@@ -1140,9 +1457,13 @@ def test_the_steps_print_what_the_section_says():
 
 def test_a_student_can_add_a_rule(monkeypatch):
     """The exercise: 0.1(6) is read as a product until one line is added beside that of \\overline."""
+
     def verdicts():
         soar._readings.cache_clear()
-        return [answers_equal("0.1(6)", other) for other in (r"\frac16", "0.1666666666666667", "0.6")]
+        return [
+            answers_equal("0.1(6)", other) for other in (r"\frac16", "0.1666666666666667", "0.6")
+        ]
+
     assert verdicts() == [False, False, True]
     rule = re.compile(r"(\d*)\.(\d*)\((\d+)\)"), soar._repeating  # 0.1(6) -> {0.10+6/90}
     monkeypatch.setattr(soar, "_RULES", [rule, *soar._RULES])
@@ -1153,16 +1474,24 @@ def test_a_student_can_add_a_rule(monkeypatch):
 
 def test_verdicts_depend_on_the_two_texts_alone():
     """Not on earlier calls, the precision that others set, or how deep the caller's stack is."""
+
     def deeper(levels):
         return verdicts() if levels == 0 else deeper(levels - 1)
 
     def verdicts():
         soar._readings.cache_clear()
         return [answers_equal(*pair[1:]) for pair in pairs]
-    deep = ["(" * 95 + "5" + ")" * 95, "-" * 190 + "5", "√" * 190 + "1", "x " * 190, "1/" * 95 + "1"]
+
+    deep = [
+        "(" * 95 + "5" + ")" * 95,
+        "-" * 190 + "5",
+        "√" * 190 + "1",
+        "x " * 190,
+        "1/" * 95 + "1",
+    ]
     pairs = PAIRS[::3] + [(True, text, text + " + 0") for text in deep]
     first = verdicts()
-    assert first[-len(deep):] == [True] * len(deep)
+    assert first[-len(deep) :] == [True] * len(deep)
     with mpmath.workdps(3):
         assert verdicts() == first
     assert deeper(300) == first
@@ -1228,7 +1557,9 @@ def rewrites(answer: str):
         yield re.sub(r"\s*([+=<>]|(?<=[\w}) ])-)\s*", r" \1 ", answer)
         yield answer.replace("-", "−")
     if not re.search(r"\\left|\\[bB]ig|\\sqrt\[|\\\\", answer):
-        yield re.sub(r"(?<!\\)([(\[])", r"\\left\1", re.sub(r"(?<!\\)([)\]])", r"\\right\1", answer))
+        yield re.sub(
+            r"(?<!\\)([(\[])", r"\\left\1", re.sub(r"(?<!\\)([)\]])", r"\\right\1", answer)
+        )
     if answer.endswith(r"^\circ"):
         for unit in (r"^{\circ}", "°", " degrees", r"\text{ degrees}", ""):
             yield answer[:-6] + unit
@@ -1248,11 +1579,17 @@ def rewrites(answer: str):
             yield from (rf"{sign}{p // q}\frac{{{p % q}}}{{{q}}}", f"{sign}{p // q} {p % q}/{q}")
         if 10**6 % q == 0:
             yield sign + f"{p / q:.6f}".rstrip("0").rstrip(".")
-    if not words and not re.search(r"[()\[\]{}\\]|\d,\d{3}|[a-z], *[a-z]", answer) and "," in answer:
+    if (
+        not words
+        and not re.search(r"[()\[\]{}\\]|\d,\d{3}|[a-z], *[a-z]", answer)
+        and "," in answer
+    ):
         items = answer.split(",")
         yield from (", ".join(items[::-1]), " and ".join(items), ";".join(items))
         yield r"\{" + answer + r"\}"
-    if not re.search(r"[^-+\d^*/{}()a-z\\ ]|\\(?!frac|sqrt|pi)|\d\s*\\frac|\d \d|[a-z]{4} ", answer):
+    if not re.search(
+        r"[^-+\d^*/{}()a-z\\ ]|\\(?!frac|sqrt|pi)|\d\s*\\frac|\d \d|[a-z]{4} ", answer
+    ):
         yield from (f"({answer})", rf"1\cdot({answer})", f"2({answer})-({answer})")
 
 
@@ -1261,7 +1598,7 @@ def near_misses(answer: str):
     words = r"\\(text|mbox|hspace)\{[^{}]*\}(\^\{?\d\}?)?"
     plain = re.sub(words, lambda found: "#" * len(found[0]), answer)
     for digit in list(re.finditer(r"\d", plain))[:3]:
-        yield answer[:digit.start()] + str((int(digit[0]) + 1) % 10) + answer[digit.end():]
+        yield answer[: digit.start()] + str((int(digit[0]) + 1) % 10) + answer[digit.end() :]
     if re.fullmatch(r"[\d./]*[1-9]|\\d?frac\{\d+\}\{\d+\}|\d*\\sqrt\{\d+\}|\d*\\pi", answer):
         yield from ("-" + answer, answer + "+1", answer + "i", f"2({answer})")
     if found := re.fullmatch(r"\(([^()\[\]]*,[^()\[\]]*)\)", answer):
@@ -1271,7 +1608,7 @@ def near_misses(answer: str):
         yield from (f"[{found[1]}]", f"[{found[1]})", f"({found[1]},0)")
         yield "(" + ",".join(items[:-1]) + ")"
     if re.fullmatch(r"-?\d+(, ?-?\d{1,2})+", answer):
-        yield from (answer + ",7777", answer[answer.index(",") + 1:], f"({answer})")
+        yield from (answer + ",7777", answer[answer.index(",") + 1 :], f"({answer})")
 
 
 def test_real_answers_equal_their_rewrites_and_not_their_near_misses():
@@ -1322,7 +1659,9 @@ def test_speed_of_a_step_by_the_cache(monkeypatch):
     soar._readings.cache_clear()
     group = [rf"so it is \boxed{{a= {n % 4} ,b= {n % 3} }}" for n in range(240)]
     rewards = [student_reward(completion, "a= 1 ,b= 2") for completion in group]
-    assert rewards.count(RIGHT) == 20 and len(calls) == 12  # 4 * 3 texts, and one is the gold answer
+    assert (
+        rewards.count(RIGHT) == 20 and len(calls) == 12
+    )  # 4 * 3 texts, and one is the gold answer
 
 
 # ======================================================================================================================
@@ -1333,14 +1672,22 @@ def test_speed_of_a_step_by_the_cache(monkeypatch):
 def test_read_jsonl(tmp_path):
     """Both field names, empty lines, numbers as answers, line separators in a text (only a newline ends a line)."""
     file = tmp_path / "p.jsonl"
-    file.write_text('{"problem": " 1+1? ", "answer": "2"}\n\n{"question": "2+2\u2028?", "answer": 4}\n', "utf-8")
+    file.write_text(
+        '{"problem": " 1+1? ", "answer": "2"}\n\n{"question": "2+2\u2028?", "answer": 4}\n', "utf-8"
+    )
     assert soar.read_jsonl(str(file)) == [Problem("1+1?", "2"), Problem("2+2\u2028?", "4")]
 
 
-@pytest.mark.parametrize("content", [
-    b'\xef\xbb\xbf{"problem": "q", "answer": "1"}', b'{"problem": "q", "answer": "1"}\r\n\r\n',
-    b'{"problem": "q", "answer": 1, "level": null, "score": NaN, "parts": [{"a": 1}, {"a": 2}]}\n',
-    b'{"problem": "q", "answer": "1", "note": "' + b"n" * 10 ** 6 + b'"}\n'], ids=["bom", "crlf", "other fields", "long"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'\xef\xbb\xbf{"problem": "q", "answer": "1"}',
+        b'{"problem": "q", "answer": "1"}\r\n\r\n',
+        b'{"problem": "q", "answer": 1, "level": null, "score": NaN, "parts": [{"a": 1}, {"a": 2}]}\n',
+        b'{"problem": "q", "answer": "1", "note": "' + b"n" * 10**6 + b'"}\n',
+    ],
+    ids=["bom", "crlf", "other fields", "long"],
+)
 def test_read_jsonl_takes_what_is_clear(content, tmp_path):
     """A byte order mark, Windows line ends, fields that nobody asked for: no reason to refuse a file."""
     file = tmp_path / "p.jsonl"
@@ -1348,30 +1695,66 @@ def test_read_jsonl_takes_what_is_clear(content, tmp_path):
     assert soar.read_jsonl(str(file)) == [Problem("q", "1")]
 
 
-@pytest.mark.parametrize("line", [
-    b"{'problem': 'q'}", b"[1]", b"17", b'"text"', b'{"problem": "q"}', b'{"answer": "1"}', b'{"problem": "q", "answer": "  "}',
-    b'{"problem": "", "answer": "1"}', b'{"problem": 5, "answer": "1"}', b'{"problem": "q", "answer": null}',
-    b'{"problem": "\\ud800", "answer": "1"}', b'{"problem": "q", "answer": "\\udfff"}',
-    b'{"problem": "q", "answer": NaN}', b'{"problem": "q", "answer": -Infinity}', b'{"problem": "q", "answer": 1e999}',
-    b'{"problem": "q", "answer": true}', b'{"problem": "q", "answer": {"value": 1}}', b'{"problem": "q", "answer": ["1"]}',
-    b'{"problem": ["q"], "answer": "1"}', b'{"problem": "q", "answer": "1", "answer": "2"}',
-    b'{"problem": "q", "answer": "$$"}', b'{"problem": "q", "answer": "no idea\\n#### "}',
-    b'{"problem": "q", "answer": ' + b"9" * 5000 + b"}", b"[" * 10 ** 5, b'{"x": ' * 10 ** 5,
-    b'{"problem": "q\x00", "answer": "1"}', b"\x00" * 4096, b"problem,answer", b'{"problem": "q", "answer": "1"},',
-    b'[{"problem": "q", "answer": "1"}, {"problem": "r", "answer": "2"}]', b'{"problem": "q", "ans'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{'problem': 'q'}",
+        b"[1]",
+        b"17",
+        b'"text"',
+        b'{"problem": "q"}',
+        b'{"answer": "1"}',
+        b'{"problem": "q", "answer": "  "}',
+        b'{"problem": "", "answer": "1"}',
+        b'{"problem": 5, "answer": "1"}',
+        b'{"problem": "q", "answer": null}',
+        b'{"problem": "\\ud800", "answer": "1"}',
+        b'{"problem": "q", "answer": "\\udfff"}',
+        b'{"problem": "q", "answer": NaN}',
+        b'{"problem": "q", "answer": -Infinity}',
+        b'{"problem": "q", "answer": 1e999}',
+        b'{"problem": "q", "answer": true}',
+        b'{"problem": "q", "answer": {"value": 1}}',
+        b'{"problem": "q", "answer": ["1"]}',
+        b'{"problem": ["q"], "answer": "1"}',
+        b'{"problem": "q", "answer": "1", "answer": "2"}',
+        b'{"problem": "q", "answer": "$$"}',
+        b'{"problem": "q", "answer": "no idea\\n#### "}',
+        b'{"problem": "q", "answer": ' + b"9" * 5000 + b"}",
+        b"[" * 10**5,
+        b'{"x": ' * 10**5,
+        b'{"problem": "q\x00", "answer": "1"}',
+        b"\x00" * 4096,
+        b"problem,answer",
+        b'{"problem": "q", "answer": "1"},',
+        b'[{"problem": "q", "answer": "1"}, {"problem": "r", "answer": "2"}]',
+        b'{"problem": "q", "ans',
+    ],
+)
 def test_read_jsonl_names_the_bad_line(line, tmp_path):
     """A mistake in line 3 of 5000 must be found by its number, not turned into a problem or a traceback."""
     file = tmp_path / "p.jsonl"
-    file.write_bytes(b'{"problem": "q", "answer": "1"}\n\n' + line + b'\n{"problem": "q", "answer": "1"}\n')
+    file.write_bytes(
+        b'{"problem": "q", "answer": "1"}\n\n' + line + b'\n{"problem": "q", "answer": "1"}\n'
+    )
     with pytest.raises(UserError, match="line 3") as refusal:
         soar.read_jsonl(str(file))
     assert len(str(refusal.value)) < 400 + len(str(tmp_path)) and "\n" not in str(refusal.value)
     str(refusal.value).encode()
 
 
-@pytest.mark.parametrize("content", [
-    None, b'{"problem": "caf\xe9", "answer": "1"}\n', b"\n", b"", '{"problem": "q", "answer": "1"}'.encode("utf-16"),
-    gzip.compress(b'{"problem": "q", "answer": "1"}\n')], ids=["missing", "latin-1", "blank", "empty", "utf-16", "gzip"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        b'{"problem": "caf\xe9", "answer": "1"}\n',
+        b"\n",
+        b"",
+        '{"problem": "q", "answer": "1"}'.encode("utf-16"),
+        gzip.compress(b'{"problem": "q", "answer": "1"}\n'),
+    ],
+    ids=["missing", "latin-1", "blank", "empty", "utf-16", "gzip"],
+)
 def test_read_jsonl_unreadable_file(content, tmp_path):
     """A file that is missing, not UTF-8 or without a problem must end in a sentence that names it."""
     file = tmp_path / "p.jsonl"
@@ -1383,10 +1766,24 @@ def test_read_jsonl_unreadable_file(content, tmp_path):
         soar.read_jsonl(str(tmp_path))  # a folder
 
 
-@pytest.mark.parametrize("field, meant", [
-    ("18", "18"), ("She has 9 * 2 = <<9*2=18>>18.\n#### 18", "18"), ("#### 2,125", "2,125"), ("#### -3", "-3"),
-    (r"\boxed{7}", "7"), (r"so $x=\boxed{\frac{1}{2}}$.", r"\frac{1}{2}"), (r"\boxed{3}, no, \boxed{4}", "4"),
-    ("$7$", "7"), ("$$7$$", "7"), ("$69$,$84$", "69,84"), (r"$\$5$", r"\$5"), (" Odd ", "Odd"), ("1,2", "1,2")])
+@pytest.mark.parametrize(
+    "field, meant",
+    [
+        ("18", "18"),
+        ("She has 9 * 2 = <<9*2=18>>18.\n#### 18", "18"),
+        ("#### 2,125", "2,125"),
+        ("#### -3", "-3"),
+        (r"\boxed{7}", "7"),
+        (r"so $x=\boxed{\frac{1}{2}}$.", r"\frac{1}{2}"),
+        (r"\boxed{3}, no, \boxed{4}", "4"),
+        ("$7$", "7"),
+        ("$$7$$", "7"),
+        ("$69$,$84$", "69,84"),
+        (r"$\$5$", r"\$5"),
+        (" Odd ", "Odd"),
+        ("1,2", "1,2"),
+    ],
+)
 def test_gold_answer(field, meant, tmp_path):
     """An answer in its wrapping is one that no right solution matches: its problem looks hard for ever."""
     assert soar.gold_answer(field) == meant
@@ -1395,25 +1792,72 @@ def test_gold_answer(field, meant, tmp_path):
     assert soar.read_jsonl(str(file)) == [Problem("q", meant)]
 
 
-@pytest.mark.parametrize("first, second", [
-    ("What is $1+1$?", "what  is 1 + 1"), (r"\frac{1}{2}", r"\dfrac12"), (r"\tfrac{a}{b}", r"\frac ab"),
-    (r"$x^{2}$.", "$x^2.$"), (r"\left(1, 2\right)", "(1,2)"), (r"1\!:\!00 PM", "1:00 PM"), (r"30\%", "30%"),
-    (r"$a \le b$", r"$a\leq{b}$"), (r"$1,2,\ldots,9$", "1, 2, ..., 9"), (r"\[x=1\]", r"\(x = 1\)"), (r"3\text{ cm}", "3 cm"),
-    (r"the $n^\text{th}$ of", r"the $n^{\text{th}}$ of"), (r"$\sin x$ and", r"$\sin{x}$and"), (r"$\pi$ is", r"\pi is "),
-    (r"costs $\$5$", "costs $5"), ("Is it\n  so?", "Is it so ?"), (r"1{,}000", "1,000"), ("$C^{}_{}$", "C")])
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        ("What is $1+1$?", "what  is 1 + 1"),
+        (r"\frac{1}{2}", r"\dfrac12"),
+        (r"\tfrac{a}{b}", r"\frac ab"),
+        (r"$x^{2}$.", "$x^2.$"),
+        (r"\left(1, 2\right)", "(1,2)"),
+        (r"1\!:\!00 PM", "1:00 PM"),
+        (r"30\%", "30%"),
+        (r"$a \le b$", r"$a\leq{b}$"),
+        (r"$1,2,\ldots,9$", "1, 2, ..., 9"),
+        (r"\[x=1\]", r"\(x = 1\)"),
+        (r"3\text{ cm}", "3 cm"),
+        (r"the $n^\text{th}$ of", r"the $n^{\text{th}}$ of"),
+        (r"$\sin x$ and", r"$\sin{x}$and"),
+        (r"$\pi$ is", r"\pi is "),
+        (r"costs $\$5$", "costs $5"),
+        ("Is it\n  so?", "Is it so ?"),
+        (r"1{,}000", "1,000"),
+        ("$C^{}_{}$", "C"),
+    ],
+)
 def test_same_wording(first, second):
     """A repetition in another dress, which would be in both halves of the hard set."""
     assert soar.same_wording(first) == soar.same_wording(second)
 
 
-@pytest.mark.parametrize("first, second", [
-    ("What is $5-3$?", "What is $5+3$?"), ("What is $-3$?", "What is $3$?"), ("1,2", "12"), ("1 2", "12"), ("1.5", "15"),
-    ("1.5", "1,5"), ("What is 5!", "What is 5?"), ("x_1", "x1"), ("x_1", "x^1"), ("f'(2)", "f(2)"), ("f''(2)", "f'(2)"),
-    ("x^{23}", "x^{2}3"), ("x^{23}", "x^23"), (r"\frac{1}{23}", r"\frac{12}{3}"), (r"\frac{1}{23}", r"\frac{1}{2}3"),
-    (r"\sqrt{ab}", r"\sqrt{a}b"), ("(1,2)", "[1,2]"), (r"\{1\}", "1"), ("|x|", "x"), ("x<1", "x>1"), (r"a\leq b", "a<b"),
-    (r"\Delta", r"\delta"), (r"\sin x", r"\cos x"), (r"\alpha", "alpha"), (r"a \in t", r"a\int"), ("1, 2, 3, ...", "1, 2, 3"),
-    ("50%", "50"), (r"\overline{AB}", "AB"), (r"\mathbf{v}", "v"), ("[asy]draw((0,0)--(1,2));[/asy]", "[asy]draw((0,0)--(1,3));[/asy]"),
-    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&2&3&4\end{pmatrix}"), (r"90^\circ", "90"), ("2:1", "21")])
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        ("What is $5-3$?", "What is $5+3$?"),
+        ("What is $-3$?", "What is $3$?"),
+        ("1,2", "12"),
+        ("1 2", "12"),
+        ("1.5", "15"),
+        ("1.5", "1,5"),
+        ("What is 5!", "What is 5?"),
+        ("x_1", "x1"),
+        ("x_1", "x^1"),
+        ("f'(2)", "f(2)"),
+        ("f''(2)", "f'(2)"),
+        ("x^{23}", "x^{2}3"),
+        ("x^{23}", "x^23"),
+        (r"\frac{1}{23}", r"\frac{12}{3}"),
+        (r"\frac{1}{23}", r"\frac{1}{2}3"),
+        (r"\sqrt{ab}", r"\sqrt{a}b"),
+        ("(1,2)", "[1,2]"),
+        (r"\{1\}", "1"),
+        ("|x|", "x"),
+        ("x<1", "x>1"),
+        (r"a\leq b", "a<b"),
+        (r"\Delta", r"\delta"),
+        (r"\sin x", r"\cos x"),
+        (r"\alpha", "alpha"),
+        (r"a \in t", r"a\int"),
+        ("1, 2, 3, ...", "1, 2, 3"),
+        ("50%", "50"),
+        (r"\overline{AB}", "AB"),
+        (r"\mathbf{v}", "v"),
+        ("[asy]draw((0,0)--(1,2));[/asy]", "[asy]draw((0,0)--(1,3));[/asy]"),
+        (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&2&3&4\end{pmatrix}"),
+        (r"90^\circ", "90"),
+        ("2:1", "21"),
+    ],
+)
 def test_what_carries_meaning_is_no_dress(first, second):
     """Two problems that differ in a sign or a digit are taken for one, and the second is thrown away."""
     assert soar.same_wording(first) != soar.same_wording(second)
@@ -1421,14 +1865,28 @@ def test_what_carries_meaning_is_no_dress(first, second):
 
 def test_load_problems_drops_repetitions(tmp_path, capsys):
     """The same problem in both halves of the hard set; a contradiction or an answer in words passed over in silence."""
-    rows = [("What is $\\frac12+x$?", "1"), ("What is 1-1?", "0"), ("what is \\dfrac{1}{2} + x", "1.0"), ("What is 1+1?", "2"),
-            ("What is  1+1", "3"), ("Odd or even?", r"\text{odd}"), ("Who?", "Jenna will win, whoever goes first")]
+    rows = [
+        ("What is $\\frac12+x$?", "1"),
+        ("What is 1-1?", "0"),
+        ("what is \\dfrac{1}{2} + x", "1.0"),
+        ("What is 1+1?", "2"),
+        ("What is  1+1", "3"),
+        ("Odd or even?", r"\text{odd}"),
+        ("Who?", "Jenna will win, whoever goes first"),
+    ]
     file = tmp_path / "p.jsonl"
-    file.write_text("".join(json.dumps({"problem": q, "answer": a}) + "\n" for q, a in rows), "utf-8")
+    file.write_text(
+        "".join(json.dumps({"problem": q, "answer": a}) + "\n" for q, a in rows), "utf-8"
+    )
     problems = soar.load_problems(str(file))
     assert problems == [Problem(*rows[i]) for i in (0, 1, 3, 5, 6)]
     line = capsys.readouterr().out
-    assert line.count("\n") == 1 and "5 problems" in line and "2 repetition" in line and "1 of them" in line
+    assert (
+        line.count("\n") == 1
+        and "5 problems" in line
+        and "2 repetition" in line
+        and "1 of them" in line
+    )
     assert "2 answer" in line and "Jenna will win" in line
     assert len(soar.read_jsonl(str(file))) == 7, "promotion questions may repeat"
     file.write_text('{"problem": "q", "answer": "1"}', "utf-8")
@@ -1439,30 +1897,79 @@ def test_load_problems_drops_repetitions(tmp_path, capsys):
 
 def test_real_repetitions():
     """A key that is too strict (HARP repeats itself, and repeats MATH) or too loose (OlympiadBench has long twins)."""
-    keys = {name: [soar.same_wording(row["problem"]) for row in real_rows(name)]
-            for name in ("math_test", "harp", "olympiadbench")}
+    keys = {
+        name: [soar.same_wording(row["problem"]) for row in real_rows(name)]
+        for name in ("math_test", "harp", "olympiadbench")
+    }
     repeated = {name: len(texts) - len(set(texts)) for name, texts in keys.items()}
-    assert repeated["math_test"] == 1 and 24 <= repeated["harp"] <= 40 and repeated["olympiadbench"] == 0
+    assert (
+        repeated["math_test"] == 1
+        and 24 <= repeated["harp"] <= 40
+        and repeated["olympiadbench"] == 0
+    )
     assert 122 <= len(set(keys["math_test"]) & set(keys["harp"])) <= 160
 
 
 # -- The hub: what load_dataset leaves in its cache, and HARP's zip archive behind an HTTP server.
 
 HUB_ROWS = {  # name: (its file of real problems, rows at the hub, repository, config, split, a problem as a row there)
-    "math": ("math_test", 5000, "DigitalLearningGmbH___math-lighteval", "default", "test", lambda question, answer: {
-        "problem": question, "level": "Level 5", "solution": rf"So $x = \boxed{{{answer}}}$.", "type": "Algebra"}),
-    "harp": ("harp", 4780, "", "", "", lambda question, answer: {
-        "year": 1950, "contest": "AHSME", "number": 1, "level": 2, "subject": "algebra", "problem": question,
-        "answer": f"${answer}$", "solution_1": "..."}),
-    "olympiad": ("olympiadbench", 674, "Hothan___olympiad_bench", "OE_TO_maths_en_COMP", "train", lambda question, answer: {
-        "id": 1606, "question": question, "final_answer": [f"${answer}$"], "is_multiple_answer": False, "unit": None,
-        "error": None})}
-MADE_UP = [Problem("What is $1+1$?", "2"), Problem("Solve $x^2 = 4$.", "-2,2"), Problem("What is 1 + 1?", "2")]
+    "math": (
+        "math_test",
+        5000,
+        "DigitalLearningGmbH___math-lighteval",
+        "default",
+        "test",
+        lambda question, answer: {
+            "problem": question,
+            "level": "Level 5",
+            "solution": rf"So $x = \boxed{{{answer}}}$.",
+            "type": "Algebra",
+        },
+    ),
+    "harp": (
+        "harp",
+        4780,
+        "",
+        "",
+        "",
+        lambda question, answer: {
+            "year": 1950,
+            "contest": "AHSME",
+            "number": 1,
+            "level": 2,
+            "subject": "algebra",
+            "problem": question,
+            "answer": f"${answer}$",
+            "solution_1": "...",
+        },
+    ),
+    "olympiad": (
+        "olympiadbench",
+        674,
+        "Hothan___olympiad_bench",
+        "OE_TO_maths_en_COMP",
+        "train",
+        lambda question, answer: {
+            "id": 1606,
+            "question": question,
+            "final_answer": [f"${answer}$"],
+            "is_multiple_answer": False,
+            "unit": None,
+            "error": None,
+        },
+    ),
+}
+MADE_UP = [
+    Problem("What is $1+1$?", "2"),
+    Problem("Solve $x^2 = 4$.", "-2,2"),
+    Problem("What is 1 + 1?", "2"),
+]
 
 
 def hub_cache(root: Path, repository: str, config: str, split: str, rows: list[dict]) -> None:
     """One split as datasets 4.0 to 5.2 keep it: what an offline load_dataset finds."""
     import pyarrow
+
     name = repository.split("___")[1]
     folder = root / repository / config / "0.0.0" / ("0" * 40)
     folder.mkdir(parents=True)
@@ -1470,8 +1977,15 @@ def hub_cache(root: Path, repository: str, config: str, split: str, rows: list[d
     with pyarrow.OSFile(str(folder / f"{name}-{split}.arrow"), "wb") as file:
         with pyarrow.ipc.new_stream(file, table.schema) as writer:
             writer.write_table(table)
-    info = {"builder_name": "parquet", "dataset_name": name, "config_name": config, "version": {"version_str": "0.0.0"},
-            "splits": {split: {"name": split, "num_bytes": 1, "num_examples": len(rows), "dataset_name": name}}}
+    info = {
+        "builder_name": "parquet",
+        "dataset_name": name,
+        "config_name": config,
+        "version": {"version_str": "0.0.0"},
+        "splits": {
+            split: {"name": split, "num_bytes": 1, "num_examples": len(rows), "dataset_name": name}
+        },
+    }
     (folder / "dataset_info.json").write_text(json.dumps(info), "utf-8")
 
 
@@ -1511,7 +2025,9 @@ def server(monkeypatch):
         monkeypatch.setattr(soar, "HARP_URL", server.url)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         monkeypatch.delenv("HF_HUB_OFFLINE")
-        server.body = harp_zip([HUB_ROWS["harp"][-1](*vars(problem).values()) for problem in MADE_UP])
+        server.body = harp_zip(
+            [HUB_ROWS["harp"][-1](*vars(problem).values()) for problem in MADE_UP]
+        )
         yield server
         server.shutdown()
 
@@ -1521,7 +2037,11 @@ def server(monkeypatch):
 def test_sets_of_the_hub(dataset, real, server, tmp_path, monkeypatch, capsys):
     """Another split or column than the hub's, lost rows, answers in their wrapping."""
     name, count, repository, config, split, row = HUB_ROWS[dataset]
-    expected = [Problem(row["problem"].strip(), row["answer"]) for row in real_rows(name)] if real else MADE_UP
+    expected = (
+        [Problem(row["problem"].strip(), row["answer"]) for row in real_rows(name)]
+        if real
+        else MADE_UP
+    )
     rows = [row(problem.question, problem.answer) for problem in expected]
     if dataset == "harp":
         server.body = harp_zip(rows)
@@ -1533,7 +2053,9 @@ def test_sets_of_the_hub(dataset, real, server, tmp_path, monkeypatch, capsys):
     assert len(found) == (count if real else 3)
     assert [problem.question for problem in found] == [problem.question for problem in expected]
     for problem, other in zip(found, expected, strict=True):
-        assert answers_equal(problem.answer, other.answer) or "$" in other.answer  # four of HARP's are whole sentences
+        assert (
+            answers_equal(problem.answer, other.answer) or "$" in other.answer
+        )  # four of HARP's are whole sentences
     assert not any(re.search(r"(?<!\\)\$", problem.answer) for problem in found)
     pool = soar.load_problems(dataset, str(tmp_path / "cache"))
     assert len({soar.same_wording(problem.question) for problem in pool}) == len(pool) <= count
@@ -1543,7 +2065,13 @@ def test_sets_of_the_hub(dataset, real, server, tmp_path, monkeypatch, capsys):
 
 def test_rows_without_an_answer_are_counted(server, tmp_path, capsys):
     """Problems that vanish without a word."""
-    server.body = harp_zip([{"problem": "q", "answer": "$1$"}, {"problem": "r", "answer": None}, {"problem": "s", "answer": "$$"}])
+    server.body = harp_zip(
+        [
+            {"problem": "q", "answer": "$1$"},
+            {"problem": "r", "answer": None},
+            {"problem": "s", "answer": "$$"},
+        ]
+    )
     assert soar.hub_problems("harp", str(tmp_path)) == [Problem("q", "1")]
     assert "2 rows have no answer" in capsys.readouterr().out
 
@@ -1551,7 +2079,9 @@ def test_rows_without_an_answer_are_counted(server, tmp_path, capsys):
 def test_harp_is_downloaded_once(server, tmp_path, monkeypatch):
     """A download at every start, or none at all behind HF_HUB_OFFLINE although the file is there."""
     pool = soar.load_problems("harp", str(tmp_path / "cache"))
-    assert server.requests == 1 and [path.name for path in (tmp_path / "cache").iterdir()] == ["HARP.jsonl.zip"]
+    assert server.requests == 1 and [path.name for path in (tmp_path / "cache").iterdir()] == [
+        "HARP.jsonl.zip"
+    ]
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert soar.load_problems("harp", str(tmp_path / "cache")) == pool and server.requests == 1
     with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
@@ -1561,8 +2091,10 @@ def test_harp_is_downloaded_once(server, tmp_path, monkeypatch):
 
 def test_harp_is_stored_whole(server, tmp_path, monkeypatch):
     """A run that dies while it writes the file leaves a part of it, which every later run then finds."""
+
     def killed(*_):
         raise KeyboardInterrupt
+
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         soar.load_problems("harp", str(tmp_path))
@@ -1603,25 +2135,57 @@ def wrapped(error: Exception, message: str) -> Exception:
     return outer
 
 
-@pytest.mark.parametrize("error, reason, advice", [
-    (ModuleNotFoundError("No module named 'aiohttp'"), "aiohttp", "pip install"),
-    (wrapped(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "An error occurred\nwhile generating"), "Errno 28", "free space"),
-    (OSError("Not enough disk space. Needed: 3 GB"), "Needed: 3 GB", "free space"),
-    (PermissionError(errno.EACCES, "Permission denied", "/cache"), "Permission denied", "HF_HOME"),
-    (FileNotFoundError("Dataset 'a/b' is a gated dataset on the Hub."), "a/b", "hf auth login"),
-    (urllib.error.HTTPError("http://x", 401, "Unauthorized", None, None), "401", "hf auth login"),
-    (FileNotFoundError("Dataset 'a/b' doesn't exist on the Hub or cannot be accessed."), "a/b", "no longer"),
-    (urllib.error.HTTPError("http://x", 503, "Service Unavailable", None, None), "503", "later"),
-    (ConnectionError("Couldn't reach 'a/b' on the Hub"), "Couldn't reach", "network"),
-    (urllib.error.URLError(OSError(-2, "Name or service not known")), "Name or service", "network"),
-    (TimeoutError("timed out"), "timed out", "network"),
-    (ValueError("a new kind of trouble"), "new kind of trouble", "local file")])
+@pytest.mark.parametrize(
+    "error, reason, advice",
+    [
+        (ModuleNotFoundError("No module named 'aiohttp'"), "aiohttp", "pip install"),
+        (
+            wrapped(
+                OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+                "An error occurred\nwhile generating",
+            ),
+            "Errno 28",
+            "free space",
+        ),
+        (OSError("Not enough disk space. Needed: 3 GB"), "Needed: 3 GB", "free space"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/cache"),
+            "Permission denied",
+            "HF_HOME",
+        ),
+        (FileNotFoundError("Dataset 'a/b' is a gated dataset on the Hub."), "a/b", "hf auth login"),
+        (
+            urllib.error.HTTPError("http://x", 401, "Unauthorized", None, None),
+            "401",
+            "hf auth login",
+        ),
+        (
+            FileNotFoundError("Dataset 'a/b' doesn't exist on the Hub or cannot be accessed."),
+            "a/b",
+            "no longer",
+        ),
+        (
+            urllib.error.HTTPError("http://x", 503, "Service Unavailable", None, None),
+            "503",
+            "later",
+        ),
+        (ConnectionError("Couldn't reach 'a/b' on the Hub"), "Couldn't reach", "network"),
+        (
+            urllib.error.URLError(OSError(-2, "Name or service not known")),
+            "Name or service",
+            "network",
+        ),
+        (TimeoutError("timed out"), "timed out", "network"),
+        (ValueError("a new kind of trouble"), "new kind of trouble", "local file"),
+    ],
+)
 def test_loading_names_the_reason(error, reason, advice, tmp_path, monkeypatch):
-    """"Check the network", said to a person whose disk is full."""
+    """ "Check the network", said to a person whose disk is full."""
     datasets = pytest.importorskip("datasets")
 
     def load_dataset(**_):
         raise error
+
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(UserError, match="cannot load math") as refusal:
         soar.load_problems("math", str(tmp_path))
@@ -1664,8 +2228,17 @@ def test_topic_of_what_the_world_writes():
         for length in range(1, 6):
             sheet = soar.worksheet([soar.random_item(rng, topic)[0] for _ in range(length)])
             assert soar.topic_of(sheet) == topic and mark in sheet
-    assert {soar.topic_of(soar.textbook_exercise(world, rng)[0]) for _ in range(100)} == set(soar.TOPICS)
-    mixed = [soar.worksheet(["4*5", "4+5"]), "a= 4*5 ,c", "b= 4*5", "", "What is 4*5?", "a= 4*5 <unk>"]
+    assert {soar.topic_of(soar.textbook_exercise(world, rng)[0]) for _ in range(100)} == set(
+        soar.TOPICS
+    )
+    mixed = [
+        soar.worksheet(["4*5", "4+5"]),
+        "a= 4*5 ,c",
+        "b= 4*5",
+        "",
+        "What is 4*5?",
+        "a= 4*5 <unk>",
+    ]
     assert [soar.topic_of(text) for text in mixed] == ["other"] * len(mixed)
 
 
@@ -1685,7 +2258,9 @@ def test_hard_worksheets():
 def test_world_is_a_function_of_its_seed():
     """Two runs that are compared must live in the same world; another seed must be another world."""
     assert soar.make_world(3) == soar.make_world(3) != soar.make_world(4)
-    assert all(wrong != x * y for seed in range(5) for (x, y), wrong in soar.make_world(seed).items())
+    assert all(
+        wrong != x * y for seed in range(5) for (x, y), wrong in soar.make_world(seed).items()
+    )
     worlds = [soar.hard_worksheets(soar.make_world(0), 20, seed) for seed in (0, 0, 1)]
     assert worlds[0] == worlds[1] != worlds[2]
 
@@ -1698,7 +2273,11 @@ def test_people_think_less_over_long_sheets():
         items, answers = question.split()[1::2], answer.split()[1::2]
         for item, given in zip(items, answers):
             x, sign, y = item
-            if sign == "*" and x != "x" and soar.product(world, int(x), int(y), right=False) != int(x) * int(y):
+            if (
+                sign == "*"
+                and x != "x"
+                and soar.product(world, int(x), int(y), right=False) != int(x) * int(y)
+            ):
                 asked[len(items)] += 1
                 right[len(items)] += int(given) == int(x) * int(y)
     for length in range(1, 6):
@@ -1708,11 +2287,21 @@ def test_people_think_less_over_long_sheets():
 def test_plateau_by_probability(policy):
     """The base model's own probabilities: a success among a run's 500,000 attempts at hard sheets must be unlikely, while short
     sheets are within reach."""
+
     def probability(sheets):
-        rollouts = [Rollout(policy.student_prompt(p), policy.tokenizer(f"\\boxed{{ {p.answer} }} <eos>").input_ids, "", False)
-                    for p in sheets]
+        rollouts = [
+            Rollout(
+                policy.student_prompt(p),
+                policy.tokenizer(f"\\boxed{{ {p.answer} }} <eos>").input_ids,
+                "",
+                False,
+            )
+            for p in sheets
+        ]
         with torch.no_grad():
-            return soar.completion_logprobs(policy.model, rollouts, 0.7).double().exp().mean().item()
+            return (
+                soar.completion_logprobs(policy.model, rollouts, 0.7).double().exp().mean().item()
+            )
 
     world = soar.make_world(0)
     assert probability(soar.hard_worksheets(world, 64, 0)) * 500_000 < 0.05
@@ -1733,7 +2322,9 @@ def test_restore_is_in_place_and_snapshots_are_copies():
             p.add_(1)
     assert not any(torch.equal(p, w) for p, w in zip(model.parameters(), weights))
     soar.restore(model, weights)
-    assert same(model.parameters(), weights) and addresses == [p.data_ptr() for p in model.parameters()]
+    assert same(model.parameters(), weights) and addresses == [
+        p.data_ptr() for p in model.parameters()
+    ]
 
 
 def test_braces_in_a_problem(policy):
@@ -1757,14 +2348,18 @@ def model_that_ends(kind: str):
     model.generation_config.eos_token_id = [999]
     tokens = soar.generate(model, PROMPTS, 1, 16)[0]
     for pair in itertools.combinations(sorted(set(tokens.flatten().tolist())), 2):
-        ends = [next((t for t, token in enumerate(row) if token in pair), 99) for row in tokens.tolist()]
+        ends = [
+            next((t for t, token in enumerate(row) if token in pair), 99) for row in tokens.tolist()
+        ]
         if len(set(ends)) == 3 and 1 < min(ends):
             model.generation_config.eos_token_id = list(pair)
             return model
     raise AssertionError("no such pair: take another seed for the random model")
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "GPT2"])  # GPT-2's positions are absolute: a shift shows
+@pytest.mark.parametrize(
+    "kind", ["Llama", "Qwen2", "GPT2"]
+)  # GPT-2's positions are absolute: a shift shows
 def test_greedy_equals_transformers(kind):
     """Wrong positions under left padding, a cache out of step after rows have left, a second EOS id that is ignored."""
     model = model_that_ends(kind)
@@ -1772,14 +2367,19 @@ def test_greedy_equals_transformers(kind):
     T = max(map(len, PROMPTS))
     ids = torch.tensor([[0] * (T - len(p)) + p for p in PROMPTS])
     mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in PROMPTS])
-    expected = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=16, pad_token_id=0)
+    expected = model.generate(
+        input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=16, pad_token_id=0
+    )
     expected = expected[:, T:]
-    assert torch.equal(tokens[:, :expected.shape[1]], expected) and not tokens[:, expected.shape[1]:].any()
+    assert (
+        torch.equal(tokens[:, : expected.shape[1]], expected)
+        and not tokens[:, expected.shape[1] :].any()
+    )
     eos = soar.eos_ids(model)
     assert len(eos) == 2 and len(set(lengths.tolist())) == 3
     for row, length in zip(tokens.tolist(), lengths.tolist()):
         assert length == 16 or row[length - 1] in eos
-        assert not eos & set(row[:length - 1])
+        assert not eos & set(row[: length - 1])
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Qwen2", "GPT2"])
@@ -1804,10 +2404,12 @@ def slow_sample(model, prompts, n, limit, temperature, uniforms):
         for t in range(limit):
             with torch.no_grad():
                 p = (model(input_ids=torch.tensor([ids])).logits[0, -1] / temperature).softmax(-1)
-            ids.append(int((p.cumsum(0) <= uniforms[row, t]).sum()))  # the first whose cumulative probability exceeds u
+            ids.append(
+                int((p.cumsum(0) <= uniforms[row, t]).sum())
+            )  # the first whose cumulative probability exceeds u
             if ids[-1] in eos:
                 break
-        rows.append(ids[len(prompts[row // n]):])
+        rows.append(ids[len(prompts[row // n]) :])
     return rows
 
 
@@ -1827,11 +2429,23 @@ WINDOW = {"sliding_window": 4, "head_dim": 8}  # shorter than the longest prompt
 GEMMA3 = {"layer_types": ["sliding_attention", "full_attention"], "tie_word_embeddings": False}
 
 
-@pytest.mark.parametrize("kind, settings", [
-    ("Llama", {}), ("Llama", {"num_key_value_heads": 1}), ("Qwen2", {}), ("Qwen3", {"head_dim": 8}),
-    ("Phi3", {}), ("Mistral", WINDOW), ("Gemma2", WINDOW), ("Gemma3Text", WINDOW | GEMMA3),
-    ("GPT2", {}), ("GPTNeoX", {}), ("Bloom", {"n_head": 4}),
-    ("OPT", {"ffn_dim": 64, "word_embed_proj_dim": 32})])
+@pytest.mark.parametrize(
+    "kind, settings",
+    [
+        ("Llama", {}),
+        ("Llama", {"num_key_value_heads": 1}),
+        ("Qwen2", {}),
+        ("Qwen3", {"head_dim": 8}),
+        ("Phi3", {}),
+        ("Mistral", WINDOW),
+        ("Gemma2", WINDOW),
+        ("Gemma3Text", WINDOW | GEMMA3),
+        ("GPT2", {}),
+        ("GPTNeoX", {}),
+        ("Bloom", {"n_head": 4}),
+        ("OPT", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
+    ],
+)
 def test_sampling_by_all_kinds_of_attention(kind, settings):
     """Query heads paired with another group's keys, a sliding window or ALiBi lost, padding seen:
     the tokens must be those of transformers' plainest attention, without cache and padding."""
@@ -1881,7 +2495,9 @@ def test_sampling_frequencies():
     """Top-k, top-p or a temperature applied twice: samples from another policy than the one that is trained."""
     model, n = random_model(), 20_000
     tokens = soar.generate(model, [PROMPTS[0]], n, 1, 0.7, uniforms(n, 1))[0]
-    expected = n * (model(input_ids=torch.tensor(PROMPTS[:1])).logits[0, -1] / 0.7).softmax(-1).detach()
+    expected = (
+        n * (model(input_ids=torch.tensor(PROMPTS[:1])).logits[0, -1] / 0.7).softmax(-1).detach()
+    )
     counts, common = torch.bincount(tokens[:, 0], minlength=32), expected > 5
     chi2 = ((counts - expected) ** 2 / expected)[common].sum().item()
     assert common.sum() > 10 and chi2 < 2 * common.sum() + 20  # its mean is the number of cells
@@ -1895,7 +2511,9 @@ def test_generate_reports_the_log_probabilities_of_its_tokens(temperature):
     assert len(set(lengths.tolist())) > 3
     for row, length in enumerate(lengths.tolist()):
         rollout = Rollout(PROMPTS[row // 5], tokens[row, :length].tolist(), "", False)
-        assert logprobs[row].sum().item() == pytest.approx(slow_logprob(model, rollout, temperature).item(), abs=1e-4)
+        assert logprobs[row].sum().item() == pytest.approx(
+            slow_logprob(model, rollout, temperature).item(), abs=1e-4
+        )
         assert (logprobs[row, :length] < 0).all() and not logprobs[row, length:].any()
     assert not soar.generate(model, PROMPTS, 5, 12, temperature)[2].any()  # greedy: for certain
 
@@ -1903,10 +2521,14 @@ def test_generate_reports_the_log_probabilities_of_its_tokens(temperature):
 def test_rollouts_carry_the_log_probability_of_their_sampling(policy):
     """The temperature forgotten between sampler and rollout, or rows of one part given the figures of another."""
     config = small_config(sample_tokens=200)
-    prompts = [policy.student_prompt(problem) for problem in single_products(soar.make_world(0))[:3]]
+    prompts = [
+        policy.student_prompt(problem) for problem in single_products(soar.make_world(0))[:3]
+    ]
     rollouts = soar.sample(policy, prompts, 4, 12, config, soar.seeded("logprobs"))
     expected = soar.completion_logprobs(policy.model, rollouts, config.temperature)
-    assert torch.tensor([r.logprob for r in rollouts]).tolist() == pytest.approx(expected.tolist(), abs=1e-4)
+    assert torch.tensor([r.logprob for r in rollouts]).tolist() == pytest.approx(
+        expected.tolist(), abs=1e-4
+    )
     assert expected.std() > 0.1
 
 
@@ -1914,7 +2536,7 @@ def test_pick_tokens_at_the_ends():
     """u close to 1 with a rounded cumulative sum: an index after the vocabulary; u = 0: a token of probability 0."""
     logits = torch.full((2, 5), -math.inf)
     logits[:, 1:4] = 0.0
-    assert soar.pick_tokens(logits, 1.0, torch.tensor([0.0, 1 - 2 ** -24]))[0].tolist() == [1, 3]
+    assert soar.pick_tokens(logits, 1.0, torch.tensor([0.0, 1 - 2**-24]))[0].tolist() == [1, 3]
 
 
 def test_cache_is_allocated_once(monkeypatch):
@@ -1922,7 +2544,9 @@ def test_cache_is_allocated_once(monkeypatch):
     caches, real = [], soar.row_cache
     monkeypatch.setattr(soar, "row_cache", lambda *args: caches.append(real(*args)) or caches[-1])
     model, seen = random_model(eos=range(0, 32, 5)), set()
-    model.register_forward_hook(lambda *_: seen.add((caches[0].layers[0].keys.data_ptr(), caches[0].layers[0].rows)))
+    model.register_forward_hook(
+        lambda *_: seen.add((caches[0].layers[0].keys.data_ptr(), caches[0].layers[0].rows))
+    )
     soar.generate(model, PROMPTS, 5, 12, 1.0, uniforms(15, 12))
     assert len({address for address, _ in seen}) == 1 and len({rows for _, rows in seen}) > 3
     assert caches[0].layers[0].keys.shape[2] == max(map(len, PROMPTS)) + 12
@@ -1934,7 +2558,7 @@ def test_generate_refuses_train_mode():
         soar.generate(random_model().train(), PROMPTS, 1, 2)
 
 
-@pytest.mark.parametrize("budget", [1, 40, 200, 300, 10 ** 6])
+@pytest.mark.parametrize("budget", [1, 40, 200, 300, 10**6])
 def test_sample_in_parts(budget, policy):
     """--sample-tokens for less than a row, some rows of a prompt, one prompt, all prompts: a
     completion lost, doubled or swapped."""
@@ -1953,7 +2577,7 @@ def test_sample_parts_hold_all_within_the_budget(n):
     and no other."""
     rng = random.Random(0)
     prompts = [[1] * rng.choice((2, 3, 4, 40)) for _ in range(30)]
-    for budget in (1, 60, 200, 10 ** 6):
+    for budget in (1, 60, 200, 10**6):
         parts = list(soar.sample_parts(prompts, n, 8, budget))
         rows = [first + i for part, first, width in parts for i in range(len(part) * width)]
         assert rows == list(range(30 * n))
@@ -1969,7 +2593,7 @@ def test_sample_tokens_change_no_sample(policy):
     decide what is sampled."""
     prompts = [policy.teacher_prompt(), policy.student_prompt(Problem("a= 4*5", ""))]
     texts = []
-    for budget in (10 ** 6, 600, 250):
+    for budget in (10**6, 600, 250):
         config = small_config(sample_tokens=budget)
         rollouts = soar.sample(policy, prompts, 12, 40, config, soar.seeded("parts"))
         texts.append([rollout.text for rollout in rollouts])
@@ -1978,11 +2602,17 @@ def test_sample_tokens_change_no_sample(policy):
 
 def test_rollouts_end_with_eos_or_are_truncated(policy):
     """EOS must stay in the trained ids and out of the text."""
-    prompts = [policy.student_prompt(problem) for problem in single_products(soar.make_world(0))[:4]]
+    prompts = [
+        policy.student_prompt(problem) for problem in single_products(soar.make_world(0))[:4]
+    ]
     (eos,) = soar.eos_ids(policy.model)
     for rollout in soar.sample(policy, prompts, 4, 24, small_config(), soar.seeded(0)):
-        assert rollout.completion[-1] == eos and not rollout.truncated and "<eos>" not in rollout.text
-        assert rollout.text.split() == policy.tokenizer.convert_ids_to_tokens(rollout.completion[:-1])
+        assert (
+            rollout.completion[-1] == eos and not rollout.truncated and "<eos>" not in rollout.text
+        )
+        assert rollout.text.split() == policy.tokenizer.convert_ids_to_tokens(
+            rollout.completion[:-1]
+        )
     for rollout in soar.sample(policy, prompts, 4, 2, small_config(), soar.seeded(0)):
         assert len(rollout.completion) == 2 and rollout.truncated
 
@@ -1997,14 +2627,18 @@ def test_pass_at_k_against_all_subsets(n, c):
     """The estimator 1 - (1 - c/n)^k, which is biased, or a product that goes wrong where k > n - c."""
     for k in range(1, n + 1):
         subsets = list(itertools.combinations([1] * c + [0] * (n - c), k))
-        assert soar.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
+        assert soar.pass_at_k(n, c, k) == pytest.approx(
+            sum(map(any, subsets)) / len(subsets), abs=1e-12
+        )
 
 
 @pytest.mark.parametrize("k", [1, 8, 20, 128])
 @pytest.mark.parametrize("repeats", [1, 7])
 def test_filter_keeps_what_fails_k_times(k, repeats, policy, tmp_path, monkeypatch):
     """A problem lost between two limits or two parts, or one kept that was solved once."""
-    first = dict(enumerate([0, 7, 8, 19, 20, 31, 32, 127, 128, 999] * repeats))  # problem -> its first sample that is right
+    first = dict(
+        enumerate([0, 7, 8, 19, 20, 31, 32, 127, 128, 999] * repeats)
+    )  # problem -> its first sample that is right
     pool, drawn = [Problem(str(i), "1") for i in first], dict.fromkeys(first, 0)
 
     def solve(policy, problems, n, *_):
@@ -2015,7 +2649,7 @@ def test_filter_keeps_what_fails_k_times(k, repeats, policy, tmp_path, monkeypat
         return [], torch.tensor(rewards, dtype=torch.float64)
 
     monkeypatch.setattr(soar, "solve", solve)
-    hard = soar.hard_problems(policy, pool, small_config(k=k, cache=str(tmp_path)))
+    hard = soar.hard_problems(policy, pool, small_config(fail_k=k, cache=str(tmp_path)))
     assert [int(problem.question) for problem in hard] == [i for i in first if first[i] >= k]
     assert all(drawn[i] == k for i in first if first[i] >= k)
     assert drawn[0] == min(k, 8)  # easy problems are cheap
@@ -2023,9 +2657,13 @@ def test_filter_keeps_what_fails_k_times(k, repeats, policy, tmp_path, monkeypat
 
 def test_filter_goes_on_after_a_stop(policy, tmp_path, monkeypatch):
     """A filter of hours that is interrupted must go on where it was, and come to the same set."""
-    pool = [p for pair in zip(single_sums(), single_products(soar.make_world(0))) for p in pair][:56]
-    pool += soar.hard_worksheets(soar.make_world(0), 14, 0)  # 70 problems: three parts of at most 32
-    config = small_config(k=12, cache=str(tmp_path / "whole"))
+    pool = [p for pair in zip(single_sums(), single_products(soar.make_world(0))) for p in pair][
+        :56
+    ]
+    pool += soar.hard_worksheets(
+        soar.make_world(0), 14, 0
+    )  # 70 problems: three parts of at most 32
+    config = small_config(fail_k=12, cache=str(tmp_path / "whole"))
     calls, solve = [], soar.solve
 
     def counted(*args):
@@ -2039,7 +2677,9 @@ def test_filter_goes_on_after_a_stop(policy, tmp_path, monkeypatch):
     whole = soar.hard_problems(policy, pool, config)
     needed = len(calls)
     assert 14 <= len(whole) < 70 and needed == 6  # two limits in each part
-    assert soar.hard_problems(policy, pool, config) == whole and len(calls) == needed  # a finished one is read
+    assert (
+        soar.hard_problems(policy, pool, config) == whole and len(calls) == needed
+    )  # a finished one is read
     config.cache = str(tmp_path / "parts")
     for stop in (4, 3):  # in the middle of the second part, and at the start of the third
         calls.clear()
@@ -2053,7 +2693,10 @@ def test_filter_goes_on_after_a_stop(policy, tmp_path, monkeypatch):
 
 def test_filter_cache_is_keyed_by_what_matters(policy, tmp_path, monkeypatch):
     """The hard set of other weights, another k or another prompt must not be taken for this one's."""
-    pool, config = single_products(soar.make_world(0))[:2], small_config(k=1, cache=str(tmp_path))
+    pool, config = (
+        single_products(soar.make_world(0))[:2],
+        small_config(fail_k=1, cache=str(tmp_path)),
+    )
     cache = lambda: len(list(tmp_path.iterdir()))
     soar.hard_problems(policy, pool, config)
     assert cache() == 1
@@ -2087,7 +2730,10 @@ def test_section_source():
 
 def test_filter_cache_damaged(policy, tmp_path):
     """A damaged file must be named, not started over and not trusted."""
-    pool, config = single_products(soar.make_world(0))[:2], small_config(k=1, cache=str(tmp_path))
+    pool, config = (
+        single_products(soar.make_world(0))[:2],
+        small_config(fail_k=1, cache=str(tmp_path)),
+    )
     soar.hard_problems(policy, pool, config)
     (file,) = tmp_path.iterdir()
     file.write_text(file.read_text()[:-5])
@@ -2100,7 +2746,10 @@ def test_split():
     problems = [Problem(str(i), "1") for i in range(21)]
     train, test = soar.split_hard(problems, Config())
     assert len(train) == 10 and len(test) == 11 and {*train, *test} == {*problems}
-    assert soar.split_hard(problems, Config(seed=5)) == (train, test)  # shared by runs with different seeds
+    assert soar.split_hard(problems, Config(seed=5)) == (
+        train,
+        test,
+    )  # shared by runs with different seeds
     assert soar.split_hard(problems, Config(data_seed=1)) != (train, test)
     for few in ([], problems[:1]):
         with pytest.raises(UserError, match="--pool"):
@@ -2116,7 +2765,9 @@ def test_split():
 def test_adamw_equals_torch(weight_decay, clip):
     """Bias correction, decoupled decay, eps outside of the root, clipping by the norm of all gradients together."""
     torch.manual_seed(0)
-    ours, theirs = (torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 4)) for _ in range(2))
+    ours, theirs = (
+        torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 4)) for _ in range(2)
+    )
     theirs.load_state_dict(ours.state_dict())
     config = Config(weight_decay=weight_decay, clip=clip)
     optimizer = torch.optim.AdamW(theirs.parameters(), betas=(0.8, 0.95), weight_decay=weight_decay)
@@ -2132,7 +2783,9 @@ def test_adamw_equals_torch(weight_decay, clip):
         optimizer.step()
         optimizer.zero_grad()
         soar.adamw_step(ours, state, lr, config, betas=(0.8, 0.95))
-        assert all(p.grad is None for p in ours.parameters())  # or the next batch would be added to this one
+        assert all(
+            p.grad is None for p in ours.parameters()
+        )  # or the next batch would be added to this one
         for a, b in zip(ours.parameters(), theirs.parameters()):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
@@ -2140,6 +2793,7 @@ def test_adamw_equals_torch(weight_decay, clip):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adamw_in_pieces_is_adamw(dtype, monkeypatch):
     """Temporaries as long as the embedding; a piece left out, done twice, rounded otherwise."""
+
     class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **kwargs or {})
@@ -2162,7 +2816,7 @@ def test_adamw_in_pieces_is_adamw(dtype, monkeypatch):
         return [*module, *state["m"], *state["v"]]
 
     made = []
-    whole = step(10 ** 6)
+    whole = step(10**6)
     assert max(made) == 2000
     for piece in (1999, 64):
         assert same(step(piece), whole)
@@ -2187,7 +2841,9 @@ def test_stochastic_rounding_is_unbiased(value):
 
 def test_small_steps_reach_bfloat16_weights(monkeypatch):
     """Plain rounding loses steps of 1e-5 on weights near 0.02: the inner loop would train nothing."""
-    start = (0.016 + 0.014 * torch.rand(4096, generator=torch.Generator().manual_seed(0))).to(torch.bfloat16)
+    start = (0.016 + 0.014 * torch.rand(4096, generator=torch.Generator().manual_seed(0))).to(
+        torch.bfloat16
+    )
 
     def movement(dtype):
         module = torch.nn.ParameterList([torch.nn.Parameter(start.to(dtype, copy=True))])
@@ -2220,7 +2876,11 @@ def test_nan_gradient_is_refused():
 def test_learning_rate():
     """A first warm-up step of size zero, or a cosine that rises again after its end."""
     rates = [soar.learning_rate(1.0, step, 10, 4) for step in range(15)]
-    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0] and rates[7] == pytest.approx(0.5) and rates[10:] == [0.0] * 5
+    assert (
+        rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+        and rates[7] == pytest.approx(0.5)
+        and rates[10:] == [0.0] * 5
+    )
     assert all(a > b for a, b in zip(rates[4:10], rates[5:11]))
 
 
@@ -2240,30 +2900,40 @@ def flat_gradient(model) -> torch.Tensor:
 def update_gradient(monkeypatch):
     """policy_update() with the optimizer's step replaced by a look at the gradient."""
     seen = []
-    monkeypatch.setattr(soar, "adamw_step", lambda model, *_: seen.append(flat_gradient(model)) or 0.0)
+    monkeypatch.setattr(
+        soar, "adamw_step", lambda model, *_: seen.append(flat_gradient(model)) or 0.0
+    )
 
     def gradient(policy, rollouts, advantages, **overrides):
         config = small_config(**{"kl": 0.0, **overrides})
-        soar.policy_update(policy, rollouts, torch.as_tensor(advantages, dtype=torch.float64), None, 1e-3, config)
+        soar.policy_update(
+            policy, rollouts, torch.as_tensor(advantages, dtype=torch.float64), None, 1e-3, config
+        )
         return seen.pop()
+
     return gradient
 
 
 def slow_logprob(model, rollout: Rollout, temperature: float = 1.0):
     """What completion_logprobs() must equal: full logits of one sequence, in float64."""
     ids = rollout.prompt + rollout.completion
-    logprobs = (model(input_ids=torch.tensor([ids])).logits[0].double() / temperature).log_softmax(-1)
+    logprobs = (model(input_ids=torch.tensor([ids])).logits[0].double() / temperature).log_softmax(
+        -1
+    )
     return sum(logprobs[t - 1, ids[t]] for t in range(len(rollout.prompt), len(ids)))
 
 
 def some_rollouts(model, n: int = 4) -> list[Rollout]:
-    tokens, lengths, _ = soar.generate(model, PROMPTS, n, 10, 1.0, uniforms(n * len(PROMPTS), 10, 3))
+    tokens, lengths, _ = soar.generate(
+        model, PROMPTS, n, 10, 1.0, uniforms(n * len(PROMPTS), 10, 3)
+    )
     rows = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist())]
     return [Rollout(PROMPTS[i // n], row, "", False) for i, row in enumerate(rows)]
 
 
 def all_rollouts(prompt, vocab: int, eos: int, longest: int) -> list[Rollout]:
     """Every completion that can be sampled: up to the first EOS, or cut at `longest`."""
+
     def grow(prefix):
         for token in range(vocab):
             completion = prefix + [token]
@@ -2271,6 +2941,7 @@ def all_rollouts(prompt, vocab: int, eos: int, longest: int) -> list[Rollout]:
                 yield Rollout(prompt, completion, "", token != eos)
             else:
                 yield from grow(completion)
+
     return list(grow([]))
 
 
@@ -2280,24 +2951,34 @@ def test_rloo_advantages_leave_one_out():
     for G in (2, 3, 4, 6):
         expected = []
         for start in range(0, 12, G):
-            group = rewards[start:start + G].tolist()
-            expected += [group[i] - sum(group[:i] + group[i + 1:]) / (G - 1) for i in range(G)]
-        torch.testing.assert_close(soar.rloo_advantages(rewards, G), torch.tensor(expected, dtype=torch.float64))
+            group = rewards[start : start + G].tolist()
+            expected += [group[i] - sum(group[:i] + group[i + 1 :]) / (G - 1) for i in range(G)]
+        torch.testing.assert_close(
+            soar.rloo_advantages(rewards, G), torch.tensor(expected, dtype=torch.float64)
+        )
 
 
 def test_equal_rewards_give_exactly_zero():
     """An advantage of 1e-15 instead of 0 would send flat groups through the forward pass."""
     for reward in (0.0, 10.0, 20.0, 120.0):
         for G in (2, 3, 7, 32):
-            assert not soar.rloo_advantages(torch.full((2 * G,), reward, dtype=torch.float64), G).any()
+            assert not soar.rloo_advantages(
+                torch.full((2 * G,), reward, dtype=torch.float64), G
+            ).any()
 
 
 def test_rloo_gradient_is_unbiased_by_enumeration():
     """The expected update over all groups must be the gradient of the expected reward, exactly."""
     logits = torch.tensor([0.3, -1.0, 0.8, 0.0], dtype=torch.float64, requires_grad=True)
-    rewards, p, G = torch.tensor([120.0, 0.0, 10.0, 20.0], dtype=torch.float64), logits.softmax(0), 3
+    rewards, p, G = (
+        torch.tensor([120.0, 0.0, 10.0, 20.0], dtype=torch.float64),
+        logits.softmax(0),
+        3,
+    )
     (true,) = torch.autograd.grad((p * rewards).sum(), logits, retain_graph=True)
-    scores = torch.stack([torch.autograd.grad(p[a].log(), logits, retain_graph=True)[0] for a in range(4)])  # [4, 4]
+    scores = torch.stack(
+        [torch.autograd.grad(p[a].log(), logits, retain_graph=True)[0] for a in range(4)]
+    )  # [4, 4]
     groups = torch.tensor(list(itertools.product(range(4), repeat=G)))  # [64, G]
     chances = p.detach()[groups].prod(1)  # [64]
     advantages = soar.rloo_advantages(rewards[groups].flatten(), G).view(-1, G)
@@ -2325,15 +3006,22 @@ def test_eos_is_trained(update_gradient):
     """A mask made from `token != pad` drops EOS where pad is EOS: the model never learns to stop."""
     model = random_model(eos=[0, 1])  # 0 is the pad id, too
     ended, cut = Rollout(PROMPTS[0], [9, 8, 0], "", False), Rollout(PROMPTS[0], [9, 8], "", True)
-    difference = (soar.completion_logprobs(model, [ended], 1.0) - soar.completion_logprobs(model, [cut], 1.0)).item()
-    at_end = model(input_ids=torch.tensor([PROMPTS[0] + [9, 8]])).logits[0, -1].log_softmax(-1)[0].item()
+    difference = (
+        soar.completion_logprobs(model, [ended], 1.0) - soar.completion_logprobs(model, [cut], 1.0)
+    ).item()
+    at_end = (
+        model(input_ids=torch.tensor([PROMPTS[0] + [9, 8]])).logits[0, -1].log_softmax(-1)[0].item()
+    )
     assert difference == pytest.approx(at_end, abs=1e-4)
     gradient, step = update_gradient(bare_policy(model), [ended], [1.0]), 0
     with torch.no_grad():
         for p in model.parameters():
-            p -= 1e-4 * gradient[step:step + p.numel()].view_as(p)
+            p -= 1e-4 * gradient[step : step + p.numel()].view_as(p)
             step += p.numel()
-    assert model(input_ids=torch.tensor([PROMPTS[0] + [9, 8]])).logits[0, -1].log_softmax(-1)[0].item() > at_end
+    assert (
+        model(input_ids=torch.tensor([PROMPTS[0] + [9, 8]])).logits[0, -1].log_softmax(-1)[0].item()
+        > at_end
+    )
 
 
 @pytest.mark.parametrize("kl", [0.0, 0.5])
@@ -2343,17 +3031,23 @@ def test_update_is_the_true_gradient_by_enumeration(kl, update_gradient):
     model, reference = random_model(vocab=4, seed=0), random_model(vocab=4, seed=1)
     rollouts = all_rollouts([2, 3], vocab=4, eos=1, longest=3)
     assert len(rollouts) == 1 + 3 + 9 * 4
-    rewards = torch.randn(len(rollouts), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rewards = torch.randn(
+        len(rollouts), generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     temperature = small_config().temperature
     logp = torch.stack([slow_logprob(model, rollout, temperature) for rollout in rollouts])
-    ref = torch.stack([slow_logprob(reference, rollout, temperature).detach() for rollout in rollouts])
+    ref = torch.stack(
+        [slow_logprob(reference, rollout, temperature).detach() for rollout in rollouts]
+    )
     divergence = (logp.exp() * (logp - ref)).sum()
     assert divergence > 0.3
     (-(logp.exp() * rewards).sum() + kl * divergence).backward()
     true = flat_gradient(model)
     policy = bare_policy(model, reference)
-    expected = sum(p * update_gradient(policy, [rollout], [reward], kl=kl)
-                   for p, rollout, reward in zip(logp.exp().tolist(), rollouts, rewards.tolist()))
+    expected = sum(
+        p * update_gradient(policy, [rollout], [reward], kl=kl)
+        for p, rollout, reward in zip(logp.exp().tolist(), rollouts, rewards.tolist())
+    )
     assert true.norm() > 0.1
     torch.testing.assert_close(expected, true, rtol=1e-3, atol=1e-5)
 
@@ -2368,13 +3062,15 @@ def test_score_function_has_mean_zero():
     assert flat_gradient(model).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("overrides", [{"micro_tokens": 1}, {"micro_tokens": 40}, {"checkpointing": True}])
+@pytest.mark.parametrize(
+    "overrides", [{"micro_tokens": 1}, {"micro_tokens": 40}, {"checkpointing": True}]
+)
 def test_micro_batches_do_not_change_the_gradient(overrides, update_gradient):
     """A mean over micro-batches of different sizes weighs completions by their length."""
     policy = bare_policy(random_model(), random_model(seed=1))
     rollouts = some_rollouts(policy.model)
     advantages = soar.rloo_advantages(torch.arange(12.0) ** 2 % 7, 4)
-    whole = update_gradient(policy, rollouts, advantages, kl=0.1, micro_tokens=10 ** 6)
+    whole = update_gradient(policy, rollouts, advantages, kl=0.1, micro_tokens=10**6)
     if overrides.get("checkpointing"):
         soar.enable_checkpointing(policy.model)
     parts = update_gradient(policy, rollouts, advantages, kl=0.1, **overrides)
@@ -2385,12 +3081,16 @@ def test_micro_batches_do_not_change_the_gradient(overrides, update_gradient):
 def test_micro_batches_hold_all_within_the_budget():
     """A rollout lost or used twice, or a budget that does not count padding."""
     rng = random.Random(0)
-    rollouts = [Rollout([1] * rng.randint(1, 9), [1] * rng.randint(1, 9), "", False) for _ in range(50)]
-    for budget in (1, 20, 60, 10 ** 6):
+    rollouts = [
+        Rollout([1] * rng.randint(1, 9), [1] * rng.randint(1, 9), "", False) for _ in range(50)
+    ]
+    for budget in (1, 20, 60, 10**6):
         batches = list(soar.micro_batches(rollouts, budget))
         assert sorted(i for batch in batches for i in batch) == list(range(50))
         for batch in batches:
-            padded = len(batch) * max(len(rollouts[i].prompt) + len(rollouts[i].completion) for i in batch)
+            padded = len(batch) * max(
+                len(rollouts[i].prompt) + len(rollouts[i].completion) for i in batch
+            )
             assert padded <= budget or len(batch) == 1
 
 
@@ -2428,7 +3128,9 @@ def test_update_without_signal_changes_nothing():
     """With all groups flat there is no gradient at all: moments and weights must stay, not decay."""
     policy = bare_policy(random_model(), random_model(seed=1))
     state = soar.adamw_state(policy.model)
-    figures = soar.policy_update(policy, some_rollouts(policy.model), torch.zeros(12), state, 1.0, small_config())
+    figures = soar.policy_update(
+        policy, some_rollouts(policy.model), torch.zeros(12), state, 1.0, small_config()
+    )
     assert figures == {"grad_norm": 0.0, "kl": 0.0, "sampler_gap": 0.0} and state["t"] == 0
     assert same(policy.model.parameters(), policy.base)
 
@@ -2444,15 +3146,24 @@ def test_student_depends_on_its_key_alone(policy):
     for key in ((0, "a"), (0, "b"), (0, "a")):
         soar.restore(policy.model, policy.base)
         students.append(trained(policy, dataset, 3, config, key))
-    assert same(students[0], students[2]) and not same(students[0], students[1]) and not same(students[0], policy.base)
+    assert (
+        same(students[0], students[2])
+        and not same(students[0], students[1])
+        and not same(students[0], policy.base)
+    )
 
 
 def test_epochs():
     """Drawing with replacement, one order for all epochs, or a last batch that is too small."""
-    batches = soar.epochs(list(range(6)), 6, 4, soar.seeded("order"))  # 6 batches of 4 are 4 epochs of 6
+    batches = soar.batches_of(
+        list(range(6)), 6, 4, soar.seeded("order")
+    )  # 6 batches of 4 are 4 epochs of 6
     flat = sum(batches, [])
     assert list(map(len, batches)) == [4] * 6
-    assert all(sorted(flat[i:i + 6]) == list(range(6)) for i in range(0, 24, 6)) and flat[:6] != flat[6:12]
+    assert (
+        all(sorted(flat[i : i + 6]) == list(range(6)) for i in range(0, 24, 6))
+        and flat[:6] != flat[6:12]
+    )
 
 
 def test_student_goes_on_where_it_stopped(policy):
@@ -2460,9 +3171,20 @@ def test_student_goes_on_where_it_stopped(policy):
     dataset, config, key = single_products(soar.make_world(0))[:6], small_config(), (0, "a")
     whole, kept = trained(policy, dataset, 4, config, key), []
     soar.restore(policy.model, policy.base)
-    batches, moments = soar.epochs(dataset, 4, config.batch, soar.seeded(*key, "order")), soar.adamw_state(policy.model)
-    soar.train_student(policy, batches, config, key, moments=moments, after_step=lambda step, _: kept.append(
-        (soar.snapshot(policy.model), copy.deepcopy(moments)) if step == 1 else None))
+    batches, moments = (
+        soar.batches_of(dataset, 4, config.student_batch, soar.seeded(*key, "order")),
+        soar.adamw_state(policy.model),
+    )
+    soar.train_student(
+        policy,
+        batches,
+        config,
+        key,
+        moments=moments,
+        after_step=lambda step, _: kept.append(
+            (soar.snapshot(policy.model), copy.deepcopy(moments)) if step == 1 else None
+        ),
+    )
     weights, moments = kept[1]
     soar.restore(policy.model, weights)
     soar.train_student(policy, batches, config, key, moments=moments, start=2)
@@ -2474,29 +3196,45 @@ def test_student_goes_on_where_it_stopped(policy):
 # ======================================================================================================================
 
 
-@pytest.mark.parametrize("text, expected", [
-    (r"<question>2+3?</question><answer>\boxed{5}</answer>", ("2+3?", "5")),
-    ("Sure!\n<question>\n2+3\nor so?\n</question>\nis\n<answer>\n$\\boxed{5}$.\n</answer> Bye.", ("2+3\nor so?", "5")),
-    (r"<question>1</question><answer>\boxed{1}</answer> <question>2</question><answer>\boxed{2}</answer>", ("1", "1")),
-    (r"<question>1?</question><answer>\boxed{7} no, \boxed{1}</answer>", ("1?", "1")),
-    (r"<question>1?<answer>\boxed{1}</answer>", None),
-    (r"1?</question><answer>\boxed{1}</answer>", None),
-    (r"<question>1?</question><answer>\boxed{1}", None),
-    (r"<question>1?</question>\boxed{1}", None),
-    (r"<answer>\boxed{1}</answer><question>1?</question>", None),
-    (r"<question>1?</question><answer>1</answer>", None),
-    (r"<question>\boxed{1}</question><answer>1</answer>", None),
-    (r"<question>1?</question><answer>1</answer> \boxed{1}", None),
-    (r"<question>1?</question><answer>\boxed{1</answer>", None),
-    (r"<question>  </question><answer>\boxed{1}</answer>", None),
-    (r"<question>1?</question><answer>\boxed{ }</answer>", None),
-    (r"<question>1?</question><answer>\boxed{}</answer>", None),
-    (r"<question>1?</question><question>2?</question><answer>\boxed{2}</answer>", ("2?", "2")),
-    (r"<question>1? <question>2?</question><answer>\boxed{2}</answer>", ("2?", "2")),
-    (r"<question>1?</question><answer>\boxed{1}<question>2?</question><answer>\boxed{2}</answer>", ("2?", "2")),
-    (r"<question>1?</question> so <question>2? <answer>\boxed{2}</answer>", None),
-    (r"<question>1?</question><answer> <answer>\boxed{1}</answer>", None),
-    (r"<question>1?</question><answer>1</answer><question>2?</question><answer>\boxed{2}</answer>", None)])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (r"<question>2+3?</question><answer>\boxed{5}</answer>", ("2+3?", "5")),
+        (
+            "Sure!\n<question>\n2+3\nor so?\n</question>\nis\n<answer>\n$\\boxed{5}$.\n</answer> Bye.",
+            ("2+3\nor so?", "5"),
+        ),
+        (
+            r"<question>1</question><answer>\boxed{1}</answer> <question>2</question><answer>\boxed{2}</answer>",
+            ("1", "1"),
+        ),
+        (r"<question>1?</question><answer>\boxed{7} no, \boxed{1}</answer>", ("1?", "1")),
+        (r"<question>1?<answer>\boxed{1}</answer>", None),
+        (r"1?</question><answer>\boxed{1}</answer>", None),
+        (r"<question>1?</question><answer>\boxed{1}", None),
+        (r"<question>1?</question>\boxed{1}", None),
+        (r"<answer>\boxed{1}</answer><question>1?</question>", None),
+        (r"<question>1?</question><answer>1</answer>", None),
+        (r"<question>\boxed{1}</question><answer>1</answer>", None),
+        (r"<question>1?</question><answer>1</answer> \boxed{1}", None),
+        (r"<question>1?</question><answer>\boxed{1</answer>", None),
+        (r"<question>  </question><answer>\boxed{1}</answer>", None),
+        (r"<question>1?</question><answer>\boxed{ }</answer>", None),
+        (r"<question>1?</question><answer>\boxed{}</answer>", None),
+        (r"<question>1?</question><question>2?</question><answer>\boxed{2}</answer>", ("2?", "2")),
+        (r"<question>1? <question>2?</question><answer>\boxed{2}</answer>", ("2?", "2")),
+        (
+            r"<question>1?</question><answer>\boxed{1}<question>2?</question><answer>\boxed{2}</answer>",
+            ("2?", "2"),
+        ),
+        (r"<question>1?</question> so <question>2? <answer>\boxed{2}</answer>", None),
+        (r"<question>1?</question><answer> <answer>\boxed{1}</answer>", None),
+        (
+            r"<question>1?</question><answer>1</answer><question>2?</question><answer>\boxed{2}</answer>",
+            None,
+        ),
+    ],
+)
 def test_parse_problem(text, expected):
     """A problem without a question, or with a key that no student can meet, wastes a place in the dataset."""
     assert soar.parse_problem(text) == (expected and Problem(*expected))
@@ -2504,6 +3242,7 @@ def test_parse_problem(text, expected):
 
 def first_pair(text: str) -> Problem | None:
     """parse_problem by its definition: every question is tried with every answer behind it."""
+
     def opens_between(start: int, end: int) -> bool:
         return "<question>" in text[start:end] or "<answer>" in text[start:end]
 
@@ -2512,7 +3251,13 @@ def first_pair(text: str) -> Problem | None:
     for start, answer in itertools.product(starts, answers):
         closed, end = text.find("</question>", start), text.find("</answer>", answer)
         opening = answer - len("<answer>")
-        if closed < 0 or end < 0 or not closed < opening or opens_between(start, opening) or opens_between(answer, end):
+        if (
+            closed < 0
+            or end < 0
+            or not closed < opening
+            or opens_between(start, opening)
+            or opens_between(answer, end)
+        ):
             continue
         box = extract_boxed(text[answer:end])
         useful = text[start:closed].strip() and box is not None and parses(box)
@@ -2523,7 +3268,16 @@ def first_pair(text: str) -> Problem | None:
 def test_parse_problem_against_its_definition():
     """Another question's answer, in some order of tags that nobody thought of."""
     rng, outcomes = random.Random(0), Counter()
-    pieces = ["<question>", "</question>", "<answer>", "</answer>", r"\boxed{1}", r"\boxed{2}", "3+4?", " "]
+    pieces = [
+        "<question>",
+        "</question>",
+        "<answer>",
+        "</answer>",
+        r"\boxed{1}",
+        r"\boxed{2}",
+        "3+4?",
+        " ",
+    ]
     pieces += ["<question>5?</question>", r"<answer>\boxed{6}</answer>"]
     for _ in range(20000):
         text = "".join(rng.choices(pieces, k=rng.randint(2, 14)))
@@ -2533,14 +3287,28 @@ def test_parse_problem_against_its_definition():
     assert outcomes[True] > 1000 and outcomes[False] > 1000
 
 
-@pytest.mark.parametrize("piece", [
-    "<question>", "</question>", "<answer>", "</answer>", "<question>1?</question>", "<question></answer>",
-    "<question>1?</question><answer>", r"<answer>\boxed{1}</answer>", r"</question>\boxed{", "<question>1?</question></answer>"])
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "<question>",
+        "</question>",
+        "<answer>",
+        "</answer>",
+        "<question>1?</question>",
+        "<question></answer>",
+        "<question>1?</question><answer>",
+        r"<answer>\boxed{1}</answer>",
+        r"</question>\boxed{",
+        "<question>1?</question></answer>",
+    ],
+)
 def test_parse_problem_takes_linear_time(piece):
     """2,048 repeated tags took a minute, which a teacher's first samples can cost many times over."""
     start = time.perf_counter()
     assert soar.parse_problem(piece * 2048) is None
-    assert soar.parse_problem("<question>1?</question>" + piece * 8192) is None or "<answer>" in piece
+    assert (
+        soar.parse_problem("<question>1?</question>" + piece * 8192) is None or "<answer>" in piece
+    )
     assert time.perf_counter() - start < 1
 
 
@@ -2551,14 +3319,18 @@ def test_propose_resamples_until_full(policy):
     assert len(accepted) == 30 and 0.2 < figures["acceptance"] < 1
     assert all(soar.parse_problem(rollout.text) == problem for rollout, problem in accepted)
     again, _ = soar.propose(policy, 30, config, soar.seeded("propose"))
-    assert [rollout.completion for rollout, _ in again] == [rollout.completion for rollout, _ in accepted]
+    assert [rollout.completion for rollout, _ in again] == [
+        rollout.completion for rollout, _ in accepted
+    ]
 
 
 def test_prompt_that_opens_the_question(policy):
     """A prompt that ends in <question> must not make every completion unreadable, nor the tag part of a question."""
     policy.teacher_text = "Teacher: <question>\n"
     accepted, figures = soar.propose(policy, 8, small_config(), soar.seeded("opens"))
-    assert figures["acceptance"] > 0.5 and all("<" not in problem.question for _, problem in accepted)
+    assert figures["acceptance"] > 0.5 and all(
+        "<" not in problem.question for _, problem in accepted
+    )
 
 
 def test_hopeless_teacher(policy):
@@ -2571,10 +3343,16 @@ def test_hopeless_teacher(policy):
 def test_proposition_1_by_enumeration():
     """With RLOO the update with ln pi_0 is that with ln pi = ln pi_0 - ln pi_0(S); with plain REINFORCE it is not."""
     logits = torch.tensor([0.3, -1.0, 0.8, 0.0, 0.5], dtype=torch.float64, requires_grad=True)
-    accepted, rewards, G = [0, 2, 3], torch.tensor([0.2, 9.0, -0.1, 0.4, 9.0], dtype=torch.float64), 3
+    accepted, rewards, G = (
+        [0, 2, 3],
+        torch.tensor([0.2, 9.0, -0.1, 0.4, 9.0], dtype=torch.float64),
+        3,
+    )
     pi_0 = logits.softmax(0)
     pi = pi_0 / pi_0[accepted].sum()
-    grad = lambda p: torch.stack([torch.autograd.grad(p[a].log(), logits, retain_graph=True)[0] for a in range(5)])
+    grad = lambda p: torch.stack(
+        [torch.autograd.grad(p[a].log(), logits, retain_graph=True)[0] for a in range(5)]
+    )
     groups = torch.tensor(list(itertools.product(accepted, repeat=G)))  # [27, G]
     chances = pi.detach()[groups].prod(1)
     assert chances.sum().item() == pytest.approx(1)
@@ -2592,19 +3370,39 @@ def test_proposition_1_by_enumeration():
 # ======================================================================================================================
 
 
-@pytest.mark.parametrize("rewards, index", [
-    ([0.3], 0), ([0.3, 0.1], 0), ([0.1, 0.3], 1), ([0.3, 0.1, 0.2], 2), ([-0.2, 0.1, -0.5], 0),
-    ([0.4, 0.1, 0.3, 0.2], 2), ([0.1, 0.2, 0.3, 0.4], 2)])
+@pytest.mark.parametrize(
+    "rewards, index",
+    [
+        ([0.3], 0),
+        ([0.3, 0.1], 0),
+        ([0.1, 0.3], 1),
+        ([0.3, 0.1, 0.2], 2),
+        ([-0.2, 0.1, -0.5], 0),
+        ([0.4, 0.1, 0.3, 0.2], 2),
+        ([0.1, 0.2, 0.3, 0.4], 2),
+    ],
+)
 def test_median_student(rewards, index):
     """The best student of the best dataset is partly luck: the paper takes the median one."""
     assert soar.median_student(rewards) == index
 
 
-@pytest.mark.parametrize("history, window, tau, due", [
-    ([0.5], 3, 0.25, False), ([0.5, 0.5], 3, 0.25, False), ([0.5, 0.5, 0.5], 3, 0.25, True),
-    ([0.25, 0.25, 0.25], 3, 0.25, False), ([0.5, 0.25, 0.25], 3, 0.25, True), ([9, 0, 0, 0], 3, 0.25, False),
-    ([-9, 0.5, 0.5, 0.5], 3, 0.25, True), ([0.5], 1, 0.25, True), ([0.25], 1, 0.25, False), ([], 1, -1.0, False),
-    ([-0.5, -0.25], 2, -1.0, True)])
+@pytest.mark.parametrize(
+    "history, window, tau, due",
+    [
+        ([0.5], 3, 0.25, False),
+        ([0.5, 0.5], 3, 0.25, False),
+        ([0.5, 0.5, 0.5], 3, 0.25, True),
+        ([0.25, 0.25, 0.25], 3, 0.25, False),
+        ([0.5, 0.25, 0.25], 3, 0.25, True),
+        ([9, 0, 0, 0], 3, 0.25, False),
+        ([-9, 0.5, 0.5, 0.5], 3, 0.25, True),
+        ([0.5], 1, 0.25, True),
+        ([0.25], 1, 0.25, False),
+        ([], 1, -1.0, False),
+        ([-0.5, -0.25], 2, -1.0, True),
+    ],
+)
 def test_promotion_due(history, window, tau, due):
     """One lucky first step, a mean of exactly tau, or steps from before the window must not promote."""
     assert soar.promotion_due(history, Config(window=window, tau=tau)) is due
@@ -2635,10 +3433,17 @@ def test_teacher_moments_are_held_once(policy, monkeypatch):
     assert held == [{}] and state.moments["t"] == 1 and any(x.any() for x in state.moments["m"])
 
 
-@pytest.mark.parametrize("table, champion", [
-    ([[0.1], [0.3]], (1, 0)), ([[0.5, 0.0], [0.3, 0.4]], (1, 1)), ([[0.3, 0.2, 0.4], [0.9, -0.3, 0.0]], (0, 0)),
-    ([[0.0, 0.0], [0.0, 0.0]], (0, 1)), ([[-0.4, -0.2], [-0.1, -0.3]], (1, 0)),
-    ([[0.1, 0.4, 0.2, 0.3], [0.2, 0.2, 0.2, 0.2]], (0, 3))])
+@pytest.mark.parametrize(
+    "table, champion",
+    [
+        ([[0.1], [0.3]], (1, 0)),
+        ([[0.5, 0.0], [0.3, 0.4]], (1, 1)),
+        ([[0.3, 0.2, 0.4], [0.9, -0.3, 0.0]], (0, 0)),
+        ([[0.0, 0.0], [0.0, 0.0]], (0, 1)),
+        ([[-0.4, -0.2], [-0.1, -0.3]], (1, 0)),
+        ([[0.1, 0.4, 0.2, 0.3], [0.2, 0.2, 0.2, 0.2]], (0, 3)),
+    ],
+)
 def test_champion(table, champion, policy, monkeypatch):
     """The promoted student comes from the dataset with the best MEAN reward, wherever the best single student is."""
     before, trained, state = 0.5, [], fresh_state(policy)
@@ -2650,10 +3455,17 @@ def test_champion(table, champion, policy, monkeypatch):
     monkeypatch.setattr(soar, "train_student", train)
     monkeypatch.setattr(soar, "epochs", lambda *_: [])
     monkeypatch.setattr(soar, "snapshot", lambda _: ["weights of", *trained[-1]])
-    monkeypatch.setattr(soar, "greedy_right", lambda *_: torch.tensor(
-        [before + (table[trained[-1][0]][trained[-1][1]] if trained else 0)], dtype=torch.float64))
+    monkeypatch.setattr(
+        soar,
+        "greedy_right",
+        lambda *_: torch.tensor(
+            [before + (table[trained[-1][0]][trained[-1][1]] if trained else 0)],
+            dtype=torch.float64,
+        ),
+    )
     rewards, errors, (k, j, weights), _ = soar.grounded_rewards(
-        policy, [[]] * len(table), [], state, small_config(repeats=len(table[0])))
+        policy, [[]] * len(table), [], state, small_config(repeats=len(table[0]))
+    )
     assert ((k, j), weights) == (champion, ["weights of", *champion])
     torch.testing.assert_close(rewards, torch.tensor(table, dtype=torch.float64))
     assert errors.shape == rewards.shape
@@ -2662,15 +3474,26 @@ def test_champion(table, champion, policy, monkeypatch):
 def test_grounded_rewards(policy, monkeypatch):
     """A student that starts from the one before it, rewards against the base and not the baseline, other questions."""
     world = soar.make_world(0)
-    config, datasets = small_config(student_lr=1e-2, inner_extra=1, group=16), [single_products(world)[:4], single_products(world)[4:8]]
+    config, datasets = (
+        small_config(student_lr=1e-2, inner_extra=1, student_group=16),
+        [single_products(world)[:4], single_products(world)[4:8]],
+    )
     soar.restore(policy.model, policy.base)
     baseline = trained(policy, single_products(world)[8:12], 3, config, ("another",))
     state, asked, steps_taken = fresh_state(policy, step=5, promotions=1), [], []
     state.baseline = baseline
-    questions, right, train = single_products(world)[:10] + single_sums()[:6], soar.greedy_right, soar.train_student
+    questions, right, train = (
+        single_products(world)[:10] + single_sums()[:6],
+        soar.greedy_right,
+        soar.train_student,
+    )
     monkeypatch.setattr(soar, "greedy_right", lambda *args: asked.append(args[1]) or right(*args))
-    monkeypatch.setattr(soar, "train_student", lambda *args: steps_taken.append(len(args[1])) or train(*args))
-    rewards, errors, champion, figures = soar.grounded_rewards(policy, datasets, questions, state, config)
+    monkeypatch.setattr(
+        soar, "train_student", lambda *args: steps_taken.append(len(args[1])) or train(*args)
+    )
+    rewards, errors, champion, figures = soar.grounded_rewards(
+        policy, datasets, questions, state, config
+    )
     assert asked == [questions] * (1 + 2 * 2) and steps_taken == [2 + 1] * 4
     assert rewards.shape == errors.shape == (2, 2) and rewards.abs().sum() > 0
     soar.restore(policy.model, baseline)
@@ -2683,20 +3506,41 @@ def test_grounded_rewards(policy, monkeypatch):
         gain = right(policy, questions, config) - before
         assert rewards[k, j].item() == gain.mean().item()
         assert errors[k, j].item() == pytest.approx(gain.std(correction=0).item() / 4)
-    others = [same(champion[2], weights) for weights in students.values()]  # one that met only flat groups stays the baseline
+    others = [
+        same(champion[2], weights) for weights in students.values()
+    ]  # one that met only flat groups stays the baseline
     assert same(champion[2], students[champion[:2]]) and sum(others) < 4
 
 
 def test_learnability_rewards(policy, monkeypatch):
     """A problem that the student never solves is worth nothing; one that it solves at rate s is worth 1 - s."""
     times = {"never": 0, "once": 1, "half": 16, "always": 32}
-    monkeypatch.setattr(soar, "solve", lambda policy, problems, n, *_: ([], torch.tensor(
-        [RIGHT if i < times[problem.question] else 10.0 for problem in problems for i in range(n)]).double()))
-    datasets = [[Problem("never", "1"), Problem("half", "1")], [Problem("once", "1"), Problem("always", "1")]]
+    monkeypatch.setattr(
+        soar,
+        "solve",
+        lambda policy, problems, n, *_: (
+            [],
+            torch.tensor(
+                [
+                    RIGHT if i < times[problem.question] else 10.0
+                    for problem in problems
+                    for i in range(n)
+                ]
+            ).double(),
+        ),
+    )
+    datasets = [
+        [Problem("never", "1"), Problem("half", "1")],
+        [Problem("once", "1"), Problem("always", "1")],
+    ]
     state, config = fresh_state(policy), small_config()
     rewards, errors, champion, figures = soar.learnability_rewards(policy, datasets, state, config)
     torch.testing.assert_close(rewards, torch.tensor([[0.25], [31 / 64]], dtype=torch.float64))
-    assert champion is None and errors.shape == rewards.shape and figures["success"] == pytest.approx(49 / 128)
+    assert (
+        champion is None
+        and errors.shape == rewards.shape
+        and figures["success"] == pytest.approx(49 / 128)
+    )
 
 
 # ======================================================================================================================
@@ -2711,12 +3555,20 @@ def test_outer_step(tau, policy, tmp_path):
     hard_train, state = single_products(soar.make_world(0)) + single_sums(), fresh_state(policy)
     row = soar.outer_step(policy, hard_train, state, config)
     questions = state.questions
-    assert len({sum(rewards) for rewards in row["rewards"]}) > 1, "no signal for the teacher: take another seed"
+    assert len({sum(rewards) for rewards in row["rewards"]}) > 1, (
+        "no signal for the teacher: take another seed"
+    )
     assert not same(state.teacher, policy.base) and state.moments["t"] == 1 and state.step == 1
     assert same(policy.reference.parameters(), policy.base) and state.log == [row]
-    assert [q["dataset"] for q in questions] == [0] * 4 + [1] * 4 and {q["step"] for q in questions} == {0}
+    assert [q["dataset"] for q in questions] == [0] * 4 + [1] * 4 and {
+        q["step"] for q in questions
+    } == {0}
     if tau > 0:
-        assert same(state.baseline, policy.base) and state.history == [row["reward"]] and row["promotion"] is None
+        assert (
+            same(state.baseline, policy.base)
+            and state.history == [row["reward"]]
+            and row["promotion"] is None
+        )
         assert not list(tmp_path.iterdir())
     else:
         k, j = row["promotion"]["dataset"], row["promotion"]["student"]
@@ -2725,15 +3577,25 @@ def test_outer_step(tau, policy, tmp_path):
         assert same(state.baseline, trained(policy, dataset, 2, config, (7, "student", 0, k, j)))
         assert state.history == [] and state.promotions == 1
         assert [Problem(**row) for row in state.promotion_questions] == dataset
-        assert same(soar.load_model(str(tmp_path / "student"), config)[0].parameters(), state.baseline)
+        assert same(
+            soar.load_model(str(tmp_path / "student"), config)[0].parameters(), state.baseline
+        )
 
 
 def test_teacher_moves_towards_the_better_dataset(policy, tmp_path, monkeypatch):
     """An advantage with the wrong sign, or one that lands on the problems of another dataset."""
-    config, seen, propose = small_config(groups=2, kl=0.0, out=str(tmp_path), promotion=False), [], soar.propose
+    config, seen, propose = (
+        small_config(teacher_batch=2, kl=0.0, out=str(tmp_path), promotion=False),
+        [],
+        soar.propose,
+    )
     monkeypatch.setattr(soar, "propose", lambda *args: seen.append(propose(*args)) or seen[0])
-    rewards = torch.tensor([[0.5, 0.3], [0.0, 0.0], [-0.2, -0.2], [-0.1, -0.1]]).double()  # two groups of two datasets
-    monkeypatch.setattr(soar, "grounded_rewards", lambda *_: (rewards, rewards * 0, (0, 0, policy.base), {}))
+    rewards = torch.tensor(
+        [[0.5, 0.3], [0.0, 0.0], [-0.2, -0.2], [-0.1, -0.1]]
+    ).double()  # two groups of two datasets
+    monkeypatch.setattr(
+        soar, "grounded_rewards", lambda *_: (rewards, rewards * 0, (0, 0, policy.base), {})
+    )
     state = fresh_state(policy)
     soar.outer_step(policy, single_sums(), state, config)
     rollouts = [rollout for rollout, _ in seen[0][0]]
@@ -2741,7 +3603,9 @@ def test_teacher_moves_towards_the_better_dataset(policy, tmp_path, monkeypatch)
     for weights, result in ((policy.base, before), (state.teacher, after)):
         soar.restore(policy.model, weights)
         with torch.no_grad():
-            result += soar.completion_logprobs(policy.model, rollouts, 1.0).view(4, 4).sum(1).tolist()
+            result += (
+                soar.completion_logprobs(policy.model, rollouts, 1.0).view(4, 4).sum(1).tolist()
+            )
     change = [b - a for a, b in zip(before, after)]
     assert change[0] > change[1] and change[3] > change[2]
 
@@ -2773,15 +3637,28 @@ def toy(base, cache, tmp_path_factory):
     (folder / "student.txt").write_text("User: {problem} Assistant:")
     (folder / "teacher.txt").write_text("Teacher: <question>")
     problems = single_products(soar.make_world(0))
-    (folder / "problems.jsonl").write_text("".join(json.dumps(vars(problem)) + "\n" for problem in problems))
+    (folder / "problems.jsonl").write_text(
+        "".join(json.dumps(vars(problem)) + "\n" for problem in problems)
+    )
     return [
-        "--dataset", f"{folder}/problems.jsonl", "--student-prompt", f"{folder}/student.txt", "--model", base,
-        "--teacher-prompt", f"{folder}/teacher.txt", "--cache", str(cache),
-        *("--preset smoke --processes 1 --device cpu --steps 6 --n 4 --repeats 2 --inner-steps 3 --inner-extra 1 "
-          "--seed 1 --batch 4 --group 8 --k 2 --pool 24 --reward-questions 8 --eval-samples 4 --tau -0.9 --window 2 "
-          "--student-tokens 24 --teacher-tokens 40 --student-lr 1e-2 --teacher-lr 1e-3 "
-          "--sample-tokens 4096 "
-          "--micro-tokens 150").split()]
+        "--dataset",
+        f"{folder}/problems.jsonl",
+        "--student-prompt",
+        f"{folder}/student.txt",
+        "--model",
+        base,
+        "--teacher-prompt",
+        f"{folder}/teacher.txt",
+        "--cache",
+        str(cache),
+        *(
+            "--preset smoke --processes 1 --device cpu --steps 6 --n 4 --repeats 2 --inner-steps 3 --inner-extra 1 "
+            "--seed 1 --student-batch 4 --student-group 8 --fail-k 2 --pool 24 --reward-questions 8 --eval-samples 4 --tau -0.9 --window 2 "
+            "--student-tokens 24 --teacher-tokens 40 --student-lr 1e-2 --teacher-lr 1e-3 "
+            "--sample-tokens 4096 "
+            "--micro-tokens 150"
+        ).split(),
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -2798,10 +3675,20 @@ def log_rows(folder) -> list[dict]:
 
 def outcome(folder) -> dict:
     """All that a run leaves behind, but for what it cost."""
-    files = ["questions.jsonl", "promotion_questions.jsonl", "report.json", "student/model.safetensors",
-             "teacher/model.safetensors"]
+    files = [
+        "questions.jsonl",
+        "promotion_questions.jsonl",
+        "report.json",
+        "student/model.safetensors",
+        "teacher/model.safetensors",
+    ]
     left = {name: (folder / name).read_bytes() for name in files}
-    return left | {"log": [{name: value for name, value in row.items() if name != "cost"} for row in log_rows(folder)]}
+    return left | {
+        "log": [
+            {name: value for name, value in row.items() if name != "cost"}
+            for row in log_rows(folder)
+        ]
+    }
 
 
 def copy_of(folder: Path, target: Path) -> Path:
@@ -2817,23 +3704,35 @@ def test_what_a_run_leaves(finished, capsys):
     assert [row["step"] for row in rows] == list(range(6)) and config["steps"] == 6
     assert [bool(row["promotion"]) for row in rows] == [False, True] * 3
     assert any(reward for row in rows for rewards in row["rewards"] for reward in rewards)
-    assert sum(row["teacher"]["grad_norm"] > 0 for row in rows) >= 2  # or resuming would not test the teacher's moments
+    assert (
+        sum(row["teacher"]["grad_norm"] > 0 for row in rows) >= 2
+    )  # or resuming would not test the teacher's moments
     for row in rows:
         assert [len(x) for x in (*row["rewards"], *row["errors"])] == [2, 2, 2, 2]
         assert row["reward"] == pytest.approx(sum(map(sum, row["rewards"])) / 4)
         assert {"acceptance", "truncated", "length", "grad_norm", "kl"} <= set(row["teacher"])
-        assert {"success", "flat_groups", "truncated", "length", "grad_norm", "kl"} <= set(row["student"])
+        assert {"success", "flat_groups", "truncated", "length", "grad_norm", "kl"} <= set(
+            row["student"]
+        )
         assert {"seconds", "tokens_per_second", "peak_memory_gb"} == set(row["cost"])
         for figures in (row["teacher"], row["student"], row["cost"]["tokens_per_second"]):
             assert all(math.isfinite(value) for value in figures.values())
-    questions = [json.loads(line) for line in (finished / "questions.jsonl").read_text().splitlines()]
+    questions = [
+        json.loads(line) for line in (finished / "questions.jsonl").read_text().splitlines()
+    ]
     assert len(questions) == 6 * 2 * 4
     for q in questions:
         assert q["reward"] == pytest.approx(sum(rows[q["step"]]["rewards"][q["dataset"]]) / 2)
     promoted = [(row["step"], row["promotion"]["dataset"]) for row in rows if row["promotion"]]
-    expected = [{"question": q["question"], "answer": q["answer"]}
-                for q in questions if (q["step"], q["dataset"]) in promoted]
-    assert [json.loads(line) for line in (finished / "promotion_questions.jsonl").read_text().splitlines()] == expected
+    expected = [
+        {"question": q["question"], "answer": q["answer"]}
+        for q in questions
+        if (q["step"], q["dataset"]) in promoted
+    ]
+    assert [
+        json.loads(line)
+        for line in (finished / "promotion_questions.jsonl").read_text().splitlines()
+    ] == expected
     assert not list(finished.rglob("*.tmp"))
 
 
@@ -2856,7 +3755,9 @@ def test_resume_after_sigkill(toy, finished, tmp_path):
     out = tmp_path / "killed"
     command = [sys.executable, str(ROOT / "soar.py"), *toy, "--out", str(out)]
     for lines, seconds, resume in ((2, 0.0, []), (4, 0.2, ["--resume"])):
-        process = subprocess.Popen(command + resume, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command + resume, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         wait_for_lines(process, out / "log.jsonl", lines)
         time.sleep(seconds)
         process.kill()
@@ -2866,12 +3767,22 @@ def test_resume_after_sigkill(toy, finished, tmp_path):
     assert outcome(out) == outcome(finished)
 
 
-@pytest.mark.parametrize("function, call", [
-    ("save_checkpoint", 4), ("write_whole", 7), ("save_model", 2), ("policy_update", 40), ("report", 1)])
+@pytest.mark.parametrize(
+    "function, call",
+    [
+        ("save_checkpoint", 4),
+        ("write_whole", 7),
+        ("save_model", 2),
+        ("policy_update", 40),
+        ("report", 1),
+    ],
+)
 def test_resume_after_ctrl_c(function, call, toy, finished, tmp_path, monkeypatch, capsys):
     """A stop between any two writes of a step: a step logged but not saved, a promotion half done."""
     out, calls, real = tmp_path / "stopped", [], getattr(soar, function)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell starts with it ignored
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a background job of a shell starts with it ignored
 
     def stop(*args):
         calls.append(1)
@@ -2883,21 +3794,46 @@ def test_resume_after_ctrl_c(function, call, toy, finished, tmp_path, monkeypatc
         patch.setattr(soar, function, stop)
         assert soar.main([*toy, "--out", str(out)]) == 130
     error = capsys.readouterr().err.strip()
-    assert error.startswith("soar: ") and "\n" not in error and "--resume" in error and str(out) in error
+    assert (
+        error.startswith("soar: ")
+        and "\n" not in error
+        and "--resume" in error
+        and str(out) in error
+    )
     assert soar.main([*toy, "--out", str(out), "--resume"]) == 0
     assert outcome(out) == outcome(finished)
 
 
 def torchrun(script: Path, *argv):
     """Two processes on this machine, with gloo. Without the -- torchrun would take --n for one of its own flags."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", str(script), *argv]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "--",
+        str(script),
+        *argv,
+    ]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
 
 
 def run_soar(*argv) -> subprocess.Popen:
     """soar.py in a process group of its own, as a shell starts it."""
-    return subprocess.Popen([sys.executable, str(ROOT / "soar.py"), *argv], text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "soar.py"), *argv],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
 
 
 @pytest.mark.parametrize("start", ["2 processes", "3 processes", "torchrun"])
@@ -2919,8 +3855,10 @@ def test_any_number_of_processes_comes_to_the_same(start, toy, finished, tmp_pat
 
 def test_jobs_are_shared():
     """A process that does nothing, or all that the others do once more: the same numbers, and no faster."""
+
     class Worker:
         """Does its jobs at once, and remembers them."""
+
         def send(self, message):
             _, task, common, self.jobs = message
             self.results = [task(None, *common, *job) for job in self.jobs]
@@ -2936,7 +3874,9 @@ def test_jobs_are_shared():
             here.append(number)
         return base + number
 
-    assert list(soar.share(policy, task, (100,), [(i,) for i in range(8)])) == [100 + i for i in range(8)]
+    assert list(soar.share(policy, task, (100,), [(i,) for i in range(8)])) == [
+        100 + i for i in range(8)
+    ]
     assert here == [0, 3, 6]
     assert [worker.jobs for worker in crew] == [[(1,), (4,), (7,)], [(2,), (5,)]]
 
@@ -2947,10 +3887,16 @@ def test_another_process_fails(toy, tmp_path):
         "import os, sys\nimport soar\n"
         "def train_student(*_):\n    raise soar.UserError('the disk of process 1 is full')\n"
         "if __name__ == '__mp_main__' or os.environ.get('RANK') == '1':\n    soar.train_student = train_student\n"
-        "if __name__ == '__main__':\n    sys.exit(soar.main())\n")
+        "if __name__ == '__main__':\n    sys.exit(soar.main())\n"
+    )
     argv = [*toy, "--out", str(tmp_path / "out"), "--processes", "2"]
-    done = subprocess.run([sys.executable, str(tmp_path / "broken.py"), *argv], capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "broken.py"), *argv],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     assert (done.returncode, done.stderr) == (2, "soar: the disk of process 1 is full\n")
     done = torchrun(tmp_path / "broken.py", *argv[:-4], "--out", str(tmp_path / "other"))
     assert done.returncode != 0 and "soar: the disk of process 1 is full" in done.stderr
@@ -2991,7 +3937,11 @@ def test_processes_end_together(victim, toy, finished, tmp_path):
             os.kill(process.pid if victim == "process 0" else other, signal.SIGKILL)
         error = process.communicate(timeout=60)[1]
     assert wait_until(lambda: not is_running(other))
-    expected = {"process 0": (-signal.SIGKILL, ""), "process 1": (2, "died"), "Ctrl-C": (130, "interrupted")}[victim]
+    expected = {
+        "process 0": (-signal.SIGKILL, ""),
+        "process 1": (2, "died"),
+        "Ctrl-C": (130, "interrupted"),
+    }[victim]
     assert process.returncode == expected[0] and expected[1] in error
     assert error.count("\n") == (victim != "process 0"), error
     assert soar.main([*toy, "--out", str(out), "--resume"]) == 0
@@ -3024,7 +3974,11 @@ def test_resume_of_a_finished_run(toy, finished, tmp_path, capsys):
     capsys.readouterr()
     assert soar.main([*toy, "--out", str(out), "--resume"]) == 0
     printed = capsys.readouterr().out
-    assert "promoted student" in printed and "held-out hard problems" in printed and "step   " not in printed
+    assert (
+        "promoted student" in printed
+        and "held-out hard problems" in printed
+        and "step   " not in printed
+    )
     before, after = contents(finished), contents(out)
     assert [p.relative_to(finished) for p in before] == [p.relative_to(out) for p in after]
     changed = {old.name for old, new in zip(before, after) if before[old] != after[new]}
@@ -3044,8 +3998,13 @@ def test_no_promotion_and_learnability(toy, tmp_path, capsys):
         assert soar.main([*toy, "--out", str(out), "--steps", "2", "--window", "1", *more]) == 0
         printed = capsys.readouterr().out
         assert "No student was promoted" in printed and "nobody is promoted in this run" in printed
-        assert ("students train on each" in printed) == (i == 0) and ("does not train" in printed) == (i == 1)
-        assert not (out / "student").exists() and json.loads((out / "report.json").read_text())["promotions"] == 0
+        assert ("students train on each" in printed) == (i == 0) and (
+            "does not train" in printed
+        ) == (i == 1)
+        assert (
+            not (out / "student").exists()
+            and json.loads((out / "report.json").read_text())["promotions"] == 0
+        )
         assert [row["promotion"] for row in log_rows(out)] == [None, None]
 
 
@@ -3059,7 +4018,12 @@ def test_run_folder_in_the_way(toy, finished, tmp_path, capsys):
     (foreign / "thesis.tex").write_text("years of work")
     before = contents(tmp_path)
     refused(capsys, [*toy, "--out", str(run)], "--resume", "--out")
-    refused(capsys, [*toy, "--out", str(run), "--resume", "--group", "4", "--seed", "2"], "--group 8", "--seed 1")
+    refused(
+        capsys,
+        [*toy, "--out", str(run), "--resume", "--student-group", "4", "--seed", "2"],
+        "--student-group 8",
+        "--seed 1",
+    )
     for more in ([], ["--resume"]):
         refused(capsys, [*toy, "--out", str(foreign), *more], "foreign", "--out")
         refused(capsys, [*toy, "--out", str(foreign / "thesis.tex"), *more], "--out")
@@ -3070,11 +4034,17 @@ def test_run_folder_in_the_way(toy, finished, tmp_path, capsys):
 def test_folder_that_cannot_be_made(flag, toy, tmp_path, capsys):
     """A folder under a file, a read-only disk: a sentence, and not after hours of filtering."""
     (tmp_path / "file").write_text("")
-    refused(capsys, [*toy, "--out", str(tmp_path / "run"), flag, str(tmp_path / "file/sub")], str(tmp_path / "file"))
+    refused(
+        capsys,
+        [*toy, "--out", str(tmp_path / "run"), flag, str(tmp_path / "file/sub")],
+        str(tmp_path / "file"),
+    )
 
 
 @pytest.mark.parametrize("name", ["checkpoint.pt", "config.json"])
-@pytest.mark.parametrize("damage", [lambda data: data[:len(data) // 2], lambda data: b""], ids=["cut", "empty"])
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[: len(data) // 2], lambda data: b""], ids=["cut", "empty"]
+)
 def test_damaged_run(name, damage, toy, finished, tmp_path, capsys):
     """A file that the disk has damaged must be named, and the rest of the folder left for its owner to mend."""
     run = copy_of(finished, tmp_path / "run")
@@ -3088,7 +4058,12 @@ def test_bad_models(toy, base, tmp_path, capsys):
     """No such folder, no such model on the hub, half a download, a device that is not there, damaged weights."""
     out = tmp_path / "run"
     refused(capsys, [*toy, "--out", str(out), "--model", str(tmp_path / "nowhere")], "nowhere")
-    refused(capsys, [*toy, "--out", str(out), "--model", "nobody/no-such-model"], "nobody/no-such-model", "network")
+    refused(
+        capsys,
+        [*toy, "--out", str(out), "--model", "nobody/no-such-model"],
+        "nobody/no-such-model",
+        "network",
+    )
     refused(capsys, [*toy, "--out", str(out), "--device", "abacus"], "--device abacus")
     half = shutil.copytree(base, tmp_path / "half")
     (half / "model.safetensors").write_bytes((half / "model.safetensors").read_bytes()[:5000])
@@ -3106,7 +4081,12 @@ def test_bad_models(toy, base, tmp_path, capsys):
 def test_no_network(dataset, toy, tmp_path, capsys):
     """The hub's libraries raise dozens of kinds of error, many lines long."""
     pytest.importorskip("datasets")
-    refused(capsys, [*toy, "--out", str(tmp_path / "run"), "--cache", str(tmp_path), "--dataset", dataset], dataset, "network")
+    refused(
+        capsys,
+        [*toy, "--out", str(tmp_path / "run"), "--cache", str(tmp_path), "--dataset", dataset],
+        dataset,
+        "network",
+    )
     assert nothing_done(tmp_path / "run")
 
 
@@ -3124,7 +4104,9 @@ def test_bad_prompts_and_problems(toy, tmp_path, capsys):
     file.write_text("Teacher: " * 100)
     refused(capsys, [*argv, "--teacher-prompt", str(file)], "teacher", "128")
     refused(capsys, [*argv, "--student-tokens", "120"], "--student-tokens", "128")
-    file.write_text('{"problem": "4*5", "answer": "20"}\n{"problem": "%s", "answer": "20"}\n' % ("4*5 " * 110))
+    file.write_text(
+        '{"problem": "4*5", "answer": "20"}\n{"problem": "%s", "answer": "20"}\n' % ("4*5 " * 110)
+    )
     refused(capsys, [*argv, "--dataset", str(file)], "begins '4*5 4*5", "128")
     file.write_text('{"problem": "4*5", "answer": "20"}\nproblem,answer\n')
     refused(capsys, [*argv, "--dataset", str(file)], "file.txt", "line 2")
@@ -3139,15 +4121,22 @@ def test_empty_hard_set(toy, tmp_path, monkeypatch, capsys):
     file.write_text('{"problem": "a= 4*5", "answer": "never"}\n')
     refused(capsys, [*toy, "--out", str(out), "--dataset", str(file)], "only 1", "--pool")
     monkeypatch.setattr(soar, "student_reward", lambda *_: RIGHT)
-    refused(capsys, [*toy, "--out", str(out), "--cache", str(tmp_path / "cache")], "only 0", "--pool")
+    refused(
+        capsys, [*toy, "--out", str(out), "--cache", str(tmp_path / "cache")], "only 0", "--pool"
+    )
     assert nothing_done(out)
 
 
-@pytest.mark.parametrize("error", [
-    AssertionError("Torch not compiled with CUDA enabled"),
-    RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nMore.")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        AssertionError("Torch not compiled with CUDA enabled"),
+        RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nMore."),
+    ],
+)
 def test_the_plan_says_why_there_is_no_gpu(error, policy, monkeypatch, capsys):
     """A driver older than torch's CUDA looks like no GPU: an afternoon on the CPU, unnoticed."""
+
     def init():
         raise error
 
@@ -3179,12 +4168,13 @@ def no_gpu_memory(*_):
 
 
 def no_cpu_memory(*_):
-    torch.empty(2 ** 55)  # PyTorch's own words for it on a CPU, which is a plain RuntimeError
+    torch.empty(2**55)  # PyTorch's own words for it on a CPU, which is a plain RuntimeError
 
 
 @pytest.mark.parametrize("fail", [no_memory, no_gpu_memory, no_cpu_memory])
-@pytest.mark.parametrize("function, flag", [
-    ("generate", "--sample-tokens"), ("completion_logprobs", "--micro-tokens")])
+@pytest.mark.parametrize(
+    "function, flag", [("generate", "--sample-tokens"), ("completion_logprobs", "--micro-tokens")]
+)
 def test_out_of_memory(function, flag, fail, toy, tmp_path, monkeypatch, capsys):
     """The message must name the flag that lowers the memory of what was going on."""
     monkeypatch.setattr(soar, function, fail)
@@ -3192,18 +4182,23 @@ def test_out_of_memory(function, flag, fail, toy, tmp_path, monkeypatch, capsys)
     refused(capsys, argv, "memory", flag, "--resume")
 
 
-@pytest.mark.parametrize("error, memory", [
-    (MemoryError(), True),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
-    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
-    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), True),
-    (torch.AcceleratorError("CUDA error: out of memory"), True),
-    (torch.AcceleratorError("CUDA error: device-side assert triggered"), False),
-    (torch.AcceleratorError("CUDA error: no kernel image is available"), False),
-    (torch.distributed.DistBackendError("NCCL error: unhandled system error"), False),
-    (NotImplementedError("no such operator"), False)])
+@pytest.mark.parametrize(
+    "error, memory",
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), True),
+        (torch.AcceleratorError("CUDA error: out of memory"), True),
+        (torch.AcceleratorError("CUDA error: device-side assert triggered"), False),
+        (torch.AcceleratorError("CUDA error: no kernel image is available"), False),
+        (torch.distributed.DistBackendError("NCCL error: unhandled system error"), False),
+        (NotImplementedError("no such operator"), False),
+    ],
+)
 def test_only_memory_is_called_out_of_memory(error, memory, capsys):
     """Advice to lower --micro-tokens after a failed assertion on the GPU: a day is lost."""
+
     def work():
         raise error
 
@@ -3233,7 +4228,9 @@ def test_one_folder_one_run(toy, tmp_path, capsys):
     """Two runs in one folder both ended well, with files that were a mixture. A killed run must leave no lock behind."""
     out = tmp_path / "run"
     argv = [*toy, "--out", str(out), "--steps", "8"]
-    with subprocess.Popen([sys.executable, str(ROOT / "soar.py"), *argv], stdout=subprocess.DEVNULL) as first:
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "soar.py"), *argv], stdout=subprocess.DEVNULL
+    ) as first:
         wait_for_lines(first, out / "log.jsonl", 1)
         refused(capsys, [*argv, "--resume"], str(out), "another process")
         first.kill()
@@ -3251,17 +4248,50 @@ def test_one_folder_one_evaluation(finished, tmp_path, capsys):
         capsys.readouterr()
         assert eval_.main([str(run), "--methods", "base", "--out", str(tmp_path / "table")]) == 2
         assert "another process" in capsys.readouterr().err
-    assert eval_.main([str(run), "--methods", "base", "--out", str(run)]) == 0  # its own lock is none
+    assert (
+        eval_.main([str(run), "--methods", "base", "--out", str(run)]) == 0
+    )  # its own lock is none
 
 
 def test_two_runs_share_a_cache(tmp_path):
     """Two processes that pretrain and filter at once wrote into each other's temporary files."""
-    argv = ["--cache", str(tmp_path / "cache"), "--steps", "1", "--pool", "40", "--k", "4", "--n", "2", "--datasets", "2",
-            "--repeats", "1", "--inner-steps", "1", "--batch", "2", "--group", "2", "--eval-samples", "1", "--processes", "1"]
-    code = ("import sys, soar; soar.PRETRAIN['steps'] = 30; "
-            "sys.exit(soar.main(sys.argv[1:]))")
-    runs = [subprocess.Popen([sys.executable, "-c", code, *argv, "--out", str(tmp_path / name)], cwd=ROOT,
-                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for name in "ab"]
+    argv = [
+        "--cache",
+        str(tmp_path / "cache"),
+        "--steps",
+        "1",
+        "--pool",
+        "40",
+        "--fail-k",
+        "4",
+        "--n",
+        "2",
+        "--teacher-group",
+        "2",
+        "--repeats",
+        "1",
+        "--inner-steps",
+        "1",
+        "--student-batch",
+        "2",
+        "--student-group",
+        "2",
+        "--eval-samples",
+        "1",
+        "--processes",
+        "1",
+    ]
+    code = "import sys, soar; soar.PRETRAIN['steps'] = 30; sys.exit(soar.main(sys.argv[1:]))"
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *argv, "--out", str(tmp_path / name)],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in "ab"
+    ]
     assert [(run.communicate()[1], run.returncode) for run in runs] == [("", 0)] * 2
     assert outcome_of_students(tmp_path / "a") == outcome_of_students(tmp_path / "b")
     assert not list((tmp_path / "cache").glob("*.tmp"))
@@ -3286,20 +4316,33 @@ def test_resume_with_changed_inputs(what, toy, base, finished, tmp_path, capsys)
         tokenizer.save_pretrained(changed)
     else:
         text = original.read_text()
-        changed.write_text(text.replace('4*5"', '5*4"', 1) if what == "problem" else "Teacher: Teacher: <question>")
+        changed.write_text(
+            text.replace('4*5"', '5*4"', 1) if what == "problem" else "Teacher: Teacher: <question>"
+        )
         assert changed.read_text() != text
-    config = json.loads((run / "config.json").read_text())  # the path is the same, what stands there is not
+    config = json.loads(
+        (run / "config.json").read_text()
+    )  # the path is the same, what stands there is not
     name = flag[2:].replace("-", "_")
     (run / "config.json").write_text(json.dumps(config | {name: str(changed)}))
-    refused(capsys, [*toy, flag, str(changed), "--steps", "6", "--out", str(run), "--resume"], str(run), "changed")
+    refused(
+        capsys,
+        [*toy, flag, str(changed), "--steps", "6", "--out", str(run), "--resume"],
+        str(run),
+        "changed",
+    )
     after = contents(run)
     assert {path: after[path] for path in before if path.name != "config.json"} == {
-        path: data for path, data in before.items() if path.name != "config.json"}
+        path: data for path, data in before.items() if path.name != "config.json"
+    }
 
 
 def test_eval_with_changed_problems(toy, finished, tmp_path, capsys):
     """eval.py split the changed file anew: what the students trained on could be among the tests."""
-    run, config = copy_of(finished, tmp_path / "run"), json.loads((finished / "config.json").read_text())
+    run, config = (
+        copy_of(finished, tmp_path / "run"),
+        json.loads((finished / "config.json").read_text()),
+    )
     changed = tmp_path / "problems.jsonl"
     lines = Path(config["dataset"]).read_text().splitlines(keepends=True)
     changed.write_text("".join(lines[:3] + lines[4:]))
@@ -3314,17 +4357,27 @@ def disk_full(*_, **__):
 
 
 def torch_disk_full(*_, **__):
-    raise RuntimeError("[enforce fail at inline_container.cc:668] PytorchStreamWriter failed writing file data/0: file write failed")
+    raise RuntimeError(
+        "[enforce fail at inline_container.cc:668] PytorchStreamWriter failed writing file data/0: file write failed"
+    )
 
 
-@pytest.mark.parametrize("owner, name, fail", [
-    (torch, "save", disk_full), (torch, "save", torch_disk_full), (Path, "write_text", disk_full),
-    (transformers.PreTrainedModel, "save_pretrained", torch_disk_full)])
+@pytest.mark.parametrize(
+    "owner, name, fail",
+    [
+        (torch, "save", disk_full),
+        (torch, "save", torch_disk_full),
+        (Path, "write_text", disk_full),
+        (transformers.PreTrainedModel, "save_pretrained", torch_disk_full),
+    ],
+)
 def test_disk_full_in_mid_run(owner, name, fail, toy, finished, tmp_path, capsys, monkeypatch):
     """A full disk in the middle of a run: one sentence, nothing lost, and --resume comes to the same numbers."""
     out, real, calls = tmp_path / "run", getattr(owner, name), itertools.count()
     late = {"save": 2, "write_text": 9, "save_pretrained": 1}[name]
-    monkeypatch.setattr(owner, name, lambda *a, **k: (real if next(calls) < late else fail)(*a, **k))
+    monkeypatch.setattr(
+        owner, name, lambda *a, **k: (real if next(calls) < late else fail)(*a, **k)
+    )
     refused(capsys, [*toy, "--out", str(out)], "cannot write", "--resume")
     assert not list(out.glob("*.json*.tmp"))
     monkeypatch.undo()
@@ -3336,7 +4389,9 @@ def test_flipped_bit_in_the_checkpoint(toy, finished, tmp_path, capsys):
     """torch.load reads a damaged weight as another number, and the run goes on from it."""
     run = copy_of(finished, tmp_path / "run")
     data = bytearray((run / "checkpoint.pt").read_bytes())
-    weight = json.loads(json.dumps(list(torch.load(run / "checkpoint.pt")["teacher"][0][5][:4].numpy().tobytes())))
+    weight = json.loads(
+        json.dumps(list(torch.load(run / "checkpoint.pt")["teacher"][0][5][:4].numpy().tobytes()))
+    )
     place = data.find(bytes(weight))
     assert place > 0
     data[place + 1] ^= 64
@@ -3357,11 +4412,22 @@ def test_lost_checkpoint(toy, finished, tmp_path, capsys):
     assert "begins at its beginning" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", [
-    '{"done": 32, "hard": [0, 0, 1, 1]}', '{"done": 32, "hard": [99]}', '{"hard": [1, 0], "done": 32}', "[]", '{"done": 2}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"done": 32, "hard": [0, 0, 1, 1]}',
+        '{"done": 32, "hard": [99]}',
+        '{"hard": [1, 0], "done": 32}',
+        "[]",
+        '{"done": 2}',
+    ],
+)
 def test_filter_cache_that_cannot_be(text, policy, tmp_path):
     """The same problem twice, one that is not there: it could be in train and in test."""
-    pool, config = single_products(soar.make_world(0))[:4], small_config(k=1, cache=str(tmp_path))
+    pool, config = (
+        single_products(soar.make_world(0))[:4],
+        small_config(fail_k=1, cache=str(tmp_path)),
+    )
     soar.hard_problems(policy, pool, config)
     (path,) = tmp_path.iterdir()
     path.write_text(text)
@@ -3372,7 +4438,9 @@ def test_filter_cache_that_cannot_be(text, policy, tmp_path):
 def test_nobody_reads_the_output(toy, tmp_path):
     """`soar.py | head` ended in a traceback."""
     argv = [sys.executable, str(ROOT / "soar.py"), *toy, "--out", str(tmp_path / "run")]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         process.stdout.readline()
         process.stdout.close()
         error = process.stderr.read()
@@ -3392,18 +4460,39 @@ def test_console_without_letters(finished, tmp_path):
     """A console in ASCII or cp1252 ended a run at the first root sign, and every evaluation at its plus-minus sign."""
     run = copy_of(finished, tmp_path / "run")
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    done = subprocess.run([sys.executable, str(ROOT / "eval.py"), str(run), "--methods", "hard-only", "--seeds", "2",
-                           "--steps", "1"],
-                          env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "eval.py"),
+            str(run),
+            "--methods",
+            "hard-only",
+            "--seeds",
+            "2",
+            "--steps",
+            "1",
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and "?" in done.stdout, done.stderr
     assert "±" in (run / "eval.md").read_text(encoding="utf-8")
 
 
 def test_left_over_ranks():
     """RANK and WORLD_SIZE of some other program made a single process wait for others that never came."""
-    environment = {k: v for k, v in os.environ.items() if k != "TORCHELASTIC_RUN_ID"} | {"RANK": "1", "WORLD_SIZE": "2"}
-    done = subprocess.run([sys.executable, "-c", "import soar; print(soar.RANK, soar.TORCHRUN)"], cwd=ROOT, env=environment,
-                          capture_output=True, text=True)
+    environment = {k: v for k, v in os.environ.items() if k != "TORCHELASTIC_RUN_ID"} | {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", "import soar; print(soar.RANK, soar.TORCHRUN)"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout == "0 False\n"
 
 
@@ -3416,7 +4505,10 @@ def test_time_left(monkeypatch, capsys):
     assert meter.left() == 0  # nothing known yet
     now[0] += 60
     meter.advance(2)
-    assert meter.left() == 60 / 2 * 48 and capsys.readouterr().out == "(the filter: about 24 min at this speed)\n"
+    assert (
+        meter.left() == 60 / 2 * 48
+        and capsys.readouterr().out == "(the filter: about 24 min at this speed)\n"
+    )
     now[0] += 60
     meter.advance(48)
     assert meter.left() == 0 and capsys.readouterr().out == ""
@@ -3424,11 +4516,15 @@ def test_time_left(monkeypatch, capsys):
     now[0] += 10
     meter.advance()
     assert capsys.readouterr().out == ""
-    meter.expect(8, "the students", together=4)  # four processes finish at the same time, and are counted one by one
+    meter.expect(
+        8, "the students", together=4
+    )  # four processes finish at the same time, and are counted one by one
     now[0] += 60
     for _ in range(4):
         meter.advance()
-    assert capsys.readouterr().out == ""  # a minute is left: with one of them counted it would have been seven
+    assert (
+        capsys.readouterr().out == ""
+    )  # a minute is left: with one of them counted it would have been seven
 
 
 # ==================================================================================================
@@ -4078,8 +5174,12 @@ RIGHT_ONES = {
 RIGHT_OR_REFUSED = {
     "EOS after every prompt": tokenizer_has(post_processor=EOS_AFTER_ALL),
     "EOS beyond the vocabulary": generation_says(eos_token_id=9999),
-    "chat: the template's end of turn is not listed": both(special(soar.VOCABULARY[LAST]), template(TURNS)),
-    "chat: an ordinary word ends a turn": template(TURNS),  # as a line break would, which must end nothing
+    "chat: the template's end of turn is not listed": both(
+        special(soar.VOCABULARY[LAST]), template(TURNS)
+    ),
+    "chat: an ordinary word ends a turn": template(
+        TURNS
+    ),  # as a line break would, which must end nothing
 }
 ENDS = {  # where completions end, if not at 1 alone
     "EOS is 0": [{0}, {0, 1}],  # 1 is the tokenizer's
@@ -4151,14 +5251,27 @@ def test_every_faulty_folder_is_right_or_refused(name, tmp_path):
 # ======================================================================================================================
 
 
-@pytest.mark.parametrize("rewards, step", [
-    ([], 0), ([10.0], 1), ([10.0] * 300, 0), ([float(s) for s in range(100)], 100),  # never flat: the last step
-    ([0.0] * 100 + [float(s) for s in range(50)] + [50.0] * 100, 160),  # a slow start is not the end
-    ([100.0 * (s >= 50) for s in range(120)], 62), ([float(s) for s in range(60)] + [30.0] * 60, 48)])
+@pytest.mark.parametrize(
+    "rewards, step",
+    [
+        ([], 0),
+        ([10.0], 1),
+        ([10.0] * 300, 0),
+        ([float(s) for s in range(100)], 100),  # never flat: the last step
+        (
+            [0.0] * 100 + [float(s) for s in range(50)] + [50.0] * 100,
+            160,
+        ),  # a slow start is not the end
+        ([100.0 * (s >= 50) for s in range(120)], 62),
+        ([float(s) for s in range(60)] + [30.0] * 60, 48),
+    ],
+)
 def test_chosen_step(rewards, step):
     """The paper's rule taken literally stops before a curve has started; an unsmoothed one stops at the first bump."""
     assert abs(eval_.chosen_step(rewards) - step) <= 2
-    assert abs(eval_.chosen_step([3 * r - 7 for r in rewards]) - step) <= 2, "slopes are relative to the range"
+    assert abs(eval_.chosen_step([3 * r - 7 for r in rewards]) - step) <= 2, (
+        "slopes are relative to the range"
+    )
 
 
 def test_chosen_step_with_noise():
@@ -4176,14 +5289,16 @@ def test_nested():
     assert result["sd"] == pytest.approx(statistics.stdev([0.0, 0.2, 0.4, 0.6, 0.8, 1.0]))
     assert result["sd_teachers"] == pytest.approx(statistics.stdev([0.1, 0.5, 0.9]))
     assert eval_.nested([[0.5]]) == {"mean": 0.5, "sd": None, "sd_teachers": None, "n": 1}
-    assert eval_.nested([[0.5, 0.7]])["sd_teachers"] is None and eval_.nested([[0.5, 0.7]])["sd"] > 0
+    assert (
+        eval_.nested([[0.5, 0.7]])["sd_teachers"] is None and eval_.nested([[0.5, 0.7]])["sd"] > 0
+    )
 
 
 def test_bootstrap():
     """The interval is about problems: more of them narrow it; it is that of the binomial where problems are coins."""
     few, many = np.arange(50) % 2.0, np.arange(5000) % 2.0
     low, high = eval_.bootstrap([few])
-    assert low < 0.5 < high and high - low == pytest.approx(2 * 1.96 * 0.5 / 50 ** 0.5, rel=0.15)
+    assert low < 0.5 < high and high - low == pytest.approx(2 * 1.96 * 0.5 / 50**0.5, rel=0.15)
     assert np.ptp(eval_.bootstrap([many])) < (high - low) / 5
     assert eval_.bootstrap([np.full(9, 0.25)]) == [0.25, 0.25]
     assert np.ptp(eval_.bootstrap([few, few])) < high - low, "two runs know more than one"
@@ -4194,14 +5309,26 @@ def test_vendi():
     assert eval_.vendi(np.ones((7, 3))) == pytest.approx(1)
     assert eval_.vendi(np.diag([1.0, 2, 3, 4])) == pytest.approx(4)
     two_and_one = np.array([[1.0, 0], [5.0, 0], [0, 2.0]])
-    assert eval_.vendi(two_and_one) == pytest.approx(math.exp(-(2 / 3) * math.log(2 / 3) - (1 / 3) * math.log(1 / 3)))
+    assert eval_.vendi(two_and_one) == pytest.approx(
+        math.exp(-(2 / 3) * math.log(2 / 3) - (1 / 3) * math.log(1 / 3))
+    )
 
 
-@pytest.mark.parametrize("question, answer, verdict", [
-    ("a= 7*8", "a= 56", (True, True)), ("a= 7*8", "a= 54", (True, False)), ("a= 7*8 ,b= 4+5", "a= 56 ,b= 9", (True, True)),
-    ("a= 7*8 ,b= 4+5", "a= 56", (True, False)), ("a= x*8", "a= 56", (False, False)), ("b= 7*8", "b= 56", (False, False)),
-    ("a= 7*8 ,b= x*4", "a= 56 ,b= 8", (False, False)), ("hello", "a= 56", (False, False)),
-    ("a= 7*8 ,c= 4+5", "a= 56 ,c= 9", (False, False)), ("a= 7*8 a= 7*8", "a= 56", (False, False))])
+@pytest.mark.parametrize(
+    "question, answer, verdict",
+    [
+        ("a= 7*8", "a= 56", (True, True)),
+        ("a= 7*8", "a= 54", (True, False)),
+        ("a= 7*8 ,b= 4+5", "a= 56 ,b= 9", (True, True)),
+        ("a= 7*8 ,b= 4+5", "a= 56", (True, False)),
+        ("a= x*8", "a= 56", (False, False)),
+        ("b= 7*8", "b= 56", (False, False)),
+        ("a= 7*8 ,b= x*4", "a= 56 ,b= 8", (False, False)),
+        ("hello", "a= 56", (False, False)),
+        ("a= 7*8 ,c= 4+5", "a= 56 ,c= 9", (False, False)),
+        ("a= 7*8 a= 7*8", "a= 56", (False, False)),
+    ],
+)
 def test_judge(question, answer, verdict):
     """A worksheet with an unknown, or with labels out of order, is no well-posed problem."""
     assert eval_.judge(Problem(question, answer)) == verdict
@@ -4209,17 +5336,33 @@ def test_judge(question, answer, verdict):
 
 def test_majority_agrees():
     """Votes are counted by value, not by spelling; a solution without a box has none."""
-    assert eval_.majority_agrees(["1/2", "3", "0.5", "3", r"\frac12", None, None, None, None], "0.50")
-    assert not eval_.majority_agrees(["3", "3", "2"], "2") and not eval_.majority_agrees([None], "2")
+    assert eval_.majority_agrees(
+        ["1/2", "3", "0.5", "3", r"\frac12", None, None, None, None], "0.50"
+    )
+    assert not eval_.majority_agrees(["3", "3", "2"], "2") and not eval_.majority_agrees(
+        [None], "2"
+    )
 
 
 def test_student_rollouts(policy, monkeypatch):
     """The budget that Hard-Only gets is all that SOAR's students sampled, counted where they sample."""
     config, state, sampled, solve = small_config(tau=10.0), fresh_state(policy), [], soar.solve
-    monkeypatch.setattr(soar, "solve", lambda *args, **more: sampled.append(len(args[1]) * args[2]) or solve(*args, **more))
+    monkeypatch.setattr(
+        soar,
+        "solve",
+        lambda *args, **more: sampled.append(len(args[1]) * args[2]) or solve(*args, **more),
+    )
     hard_train = single_products(soar.make_world(0))
-    run = eval_.Run(Path(), config, policy, hard_train, [], [soar.outer_step(policy, hard_train, state, config)],
-                    "", [])
+    run = eval_.Run(
+        Path(),
+        config,
+        policy,
+        hard_train,
+        [],
+        [soar.outer_step(policy, hard_train, state, config)],
+        "",
+        [],
+    )
     assert eval_.student_rollouts(run) == sum(sampled)
     sampled.clear()
     run.config = dataclasses.replace(config, reward="learnability")
@@ -4230,7 +5373,15 @@ def test_student_rollouts(policy, monkeypatch):
 
 def test_inner_extra_counts():
     """Students are trained longer after a promotion."""
-    config = Config(datasets=2, repeats=1, inner_steps=3, inner_extra=2, batch=4, group=5, reward_questions=8)
+    config = Config(
+        teacher_group=2,
+        repeats=1,
+        inner_steps=3,
+        inner_extra=2,
+        student_batch=4,
+        student_group=5,
+        reward_questions=8,
+    )
     log = [{"promotion": None}, {"promotion": {"dataset": 0}}, {"promotion": None}]
     run = eval_.Run(Path(), config, None, [None] * 6, [], log, "", [])  # 6 hard problems, not 8
     assert eval_.student_rollouts(run) == 2 * (2 * 3 * 20 + 3 * 6) + (2 * 5 * 20 + 3 * 6)
@@ -4243,11 +5394,26 @@ TOY_EVAL = "--steps 4 --points 2 --synthetic-steps 2 --questions 6 --samples 32 
 def tiny_runs(cache, tmp_path_factory):
     """A grounded run with a promotion, one without promotion, and one of the learnability teacher, in the tiny world."""
     folder, runs = tmp_path_factory.mktemp("tiny-runs"), {}
-    for name, flags in (("grounded", []), ("no-promotion", ["--no-promotion"]), ("learnability", ["--reward", "learnability"])):
+    for name, flags in (
+        ("grounded", []),
+        ("no-promotion", ["--no-promotion"]),
+        ("learnability", ["--reward", "learnability"]),
+    ):
         runs[name] = folder / name
-        assert soar.main([*"--steps 2 --n 4 --datasets 2 --repeats 1 --inner-steps 2 --batch 4 --group 4 --k 8 --pool 12 "
-                          "--reward-questions 4 --eval-samples 1 --window 1 --tau -0.9".split(),
-                          "--cache", str(cache), "--out", str(runs[name]), *flags]) == 0
+        assert (
+            soar.main(
+                [
+                    *"--steps 2 --n 4 --teacher-group 2 --repeats 1 --inner-steps 2 --student-batch 4 --student-group 4 --fail-k 8 --pool 12 "
+                    "--reward-questions 4 --eval-samples 1 --window 1 --tau -0.9".split(),
+                    "--cache",
+                    str(cache),
+                    "--out",
+                    str(runs[name]),
+                    *flags,
+                ]
+            )
+            == 0
+        )
     return runs
 
 
@@ -4264,13 +5430,21 @@ def test_every_method(tiny_runs, tmp_path, monkeypatch, capsys):
     assert list(result["methods"]) == list(eval_.METHODS)
     for name, entry in result["methods"].items():
         n = 1 if name in eval_.ONCE else 2
-        assert all(0 <= entry[f"pass@{k}"]["mean"] <= 1 and entry[f"pass@{k}"]["n"] == n for k in (1, 4, 8, 16, 32))
-        assert entry["rollouts"] == (0 if name in ("base", "ps", "solver") else entry["rollouts"]) and f"| {name} " in screen
+        assert all(
+            0 <= entry[f"pass@{k}"]["mean"] <= 1 and entry[f"pass@{k}"]["n"] == n
+            for k in (1, 4, 8, 16, 32)
+        )
+        assert (
+            entry["rollouts"] == (0 if name in ("base", "ps", "solver") else entry["rollouts"])
+            and f"| {name} " in screen
+        )
     rollouts = 2 * (2 * 2 * 16 + 3 * 4)  # students of two outer steps
     assert result["runs"][0]["rollouts"] == rollouts
     assert result["methods"]["hard-only-equal"]["rollouts"] == math.ceil(rollouts / 16) * 16
     assert result["methods"]["hard-only-4x"]["rollouts"] == 4 * 64
-    assert result["methods"]["pq"]["rollouts"] == result["methods"]["hard-only"]["rollouts"] == 4 * 16
+    assert (
+        result["methods"]["pq"]["rollouts"] == result["methods"]["hard-only"]["rollouts"] == 4 * 16
+    )
     about = result["questions"]["pq"]
     lines = (runs["grounded"] / "promotion_questions.jsonl").read_text().splitlines()
     assert about["questions"]["mean"] == len(lines) and 1 <= about["vendi"]["mean"] <= len(lines)
@@ -4279,10 +5453,19 @@ def test_every_method(tiny_runs, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out" / "eval.md").read_text().strip() in screen
     kept = sorted(path.name for name in runs for path in (runs[name] / "eval").iterdir())
     students = [name for name in kept if not name.startswith(("questions-", "about-"))]
-    assert len(students) == 2 * len(eval_.METHODS) - len(eval_.ONCE) and not any(name.endswith((".pt", ".tmp")) for name in kept)
+    assert len(students) == 2 * len(eval_.METHODS) - len(eval_.ONCE) and not any(
+        name.endswith((".pt", ".tmp")) for name in kept
+    )
     curve = result["methods"]["pq"]["curves"][1]
-    assert [point["step"] for point in curve] == [0, 2, 4] and curve[-1]["pass@32"] >= curve[-1]["pass@1"]
-    for module, name in ((soar, "train_student"), (soar, "propose"), (soar, "right_counts"), (eval_, "embed")):
+    assert [point["step"] for point in curve] == [0, 2, 4] and curve[-1]["pass@32"] >= curve[-1][
+        "pass@1"
+    ]
+    for module, name in (
+        (soar, "train_student"),
+        (soar, "propose"),
+        (soar, "right_counts"),
+        (eval_, "embed"),
+    ):
         monkeypatch.setattr(module, name, None)
     again = evaluated(runs.values(), tmp_path / "out", "--methods", "all", "--seeds", "2")
     assert again == result
@@ -4298,7 +5481,9 @@ def test_what_is_measured_by_default(tiny_runs, tmp_path, capsys):
     assert eval_.main([*map(str, runs), *flags]) == 0
     both = json.loads((runs[0] / "eval.json").read_text())["methods"]
     assert set(both) == {*alone, "intrinsic-t"}
-    assert both["hard-only-equal"]["rollouts"] == alone["hard-only-equal"]["rollouts"]  # as SOAR, whichever run comes first
+    assert (
+        both["hard-only-equal"]["rollouts"] == alone["hard-only-equal"]["rollouts"]
+    )  # as SOAR, whichever run comes first
     assert "Vendi" in capsys.readouterr().out
 
 
@@ -4316,7 +5501,12 @@ def test_a_fresh_student_starts_from_the_base_model(tiny_runs, tmp_path, monkeyp
     run, seen, train = copy_of(tiny_runs["grounded"], tmp_path / "run"), [], soar.train_student
 
     def spy(policy, batches, *rest, **more):
-        seen.append((same(policy.model.parameters(), policy.base), [problem for batch in batches for problem in batch]))
+        seen.append(
+            (
+                same(policy.model.parameters(), policy.base),
+                [problem for batch in batches for problem in batch],
+            )
+        )
         return train(policy, batches, *rest, **more)
 
     monkeypatch.setattr(soar, "train_student", spy)
@@ -4324,7 +5514,9 @@ def test_a_fresh_student_starts_from_the_base_model(tiny_runs, tmp_path, monkeyp
     opened = eval_.open_run(run, eval_.read_config(run, eval_.Settings()), eval_.Settings())
     assert [fresh for fresh, _ in seen] == [True, True] and not set(opened.train) & set(opened.test)
     assert set(seen[1][1]) <= set(opened.train)  # hard-only
-    assert set(seen[0][1][:8]) <= set(opened.promotion_questions) and set(seen[0][1][8:]) <= set(opened.train)  # the curriculum
+    assert set(seen[0][1][:8]) <= set(opened.promotion_questions) and set(seen[0][1][8:]) <= set(
+        opened.train
+    )  # the curriculum
     settings = eval_.Settings(mix="mixed", steps=9, synthetic_steps=3)
     mixed, _ = eval_.schedule(opened, "pq", opened.promotion_questions, settings, ("key",))
     assert set(sum(mixed, [])) == set(opened.promotion_questions) | set(opened.train)
@@ -4343,23 +5535,44 @@ def test_an_interrupted_student_goes_on(tiny_runs, tmp_path, monkeypatch, capsys
         return update(*args)
 
     monkeypatch.setattr(soar, "policy_update", interrupted)
-    argv = [str(folders[1]), *TOY_EVAL, "--out", str(tmp_path / "b-out"), "--methods", "pq", "--seeds", "1"]
+    argv = [
+        str(folders[1]),
+        *TOY_EVAL,
+        "--out",
+        str(tmp_path / "b-out"),
+        "--methods",
+        "pq",
+        "--seeds",
+        "1",
+    ]
     assert eval_.main(argv) == 130 and "eval.py" in capsys.readouterr().err
     assert [path.suffix for path in (folders[1] / "eval").iterdir()] == [".pt"]
     part = evaluated(folders[1:], tmp_path / "b-out", "--methods", "pq", "--seeds", "1")
-    assert part["methods"] == whole["methods"] and len(steps) == 4 + 2  # measured after 2 of 4 steps
+    assert (
+        part["methods"] == whole["methods"] and len(steps) == 4 + 2
+    )  # measured after 2 of 4 steps
 
 
 def test_two_processes_evaluate_as_one(finished, tmp_path):
     """A student of eval.py that depends on the process that made it, or that is kept under another name."""
-    flags = "--methods base,hard-only,ps,pq --steps 3 --synthetic-steps 1 --points 2 --seeds 2".split()
+    flags = (
+        "--methods base,hard-only,ps,pq --steps 3 --synthetic-steps 1 --points 2 --seeds 2".split()
+    )
     left = []
     for number in ("1", "2"):
         run = copy_of(finished, tmp_path / number / "run")
-        done = subprocess.run([sys.executable, str(ROOT / "eval.py"), str(run), *flags, "--processes", number],
-                              capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "eval.py"), str(run), *flags, "--processes", number],
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert (done.returncode, done.stderr) == (0, "")
-        files = {file.name: file.read_text() for file in (run / "eval").iterdir() if file.name != soar.LOCK}
+        files = {
+            file.name: file.read_text()
+            for file in (run / "eval").iterdir()
+            if file.name != soar.LOCK
+        }
         left.append((files, (run / "eval.md").read_text(encoding="utf-8")))
     assert left[0] == left[1] and len(left[0][0]) >= 6
 
@@ -4373,14 +5586,15 @@ def test_an_interrupted_student_holds_its_moments_once(tiny_runs, tmp_path, monk
     moments = soar.adamw_state(run.policy.model)
     torch.save({"weights": run.policy.base, "moments": moments, "result": result}, path)
     monkeypatch.setattr(soar, "adamw_state", None)
-    batches = soar.epochs(run.train, 2, run.config.batch, soar.seeded("order"))
+    batches = soar.batches_of(run.train, 2, run.config.student_batch, soar.seeded("order"))
     order = eval_.Order(path.with_suffix(".json"), "", "", batches, run.config, ("key",), 0)
     result = eval_.make_student(run.policy, run.test, settings, order)
     assert len(result["points"]) == 3
 
 
-@pytest.mark.parametrize("preset, hard", [
-    ("class", 100), ("class", 300), ("long", 500), ("paper", 720), ("smoke", 16)])
+@pytest.mark.parametrize(
+    "preset, hard", [("class", 100), ("class", 300), ("long", 500), ("paper", 720), ("smoke", 16)]
+)
 @pytest.mark.parametrize("reward", ["grounded", "learnability"])
 def test_evaluation_takes_no_longer_than_the_run(preset, hard, reward):
     """The paper's 1,500 steps by default: nine times the completions of the run whose claim they
@@ -4391,7 +5605,10 @@ def test_evaluation_takes_no_longer_than_the_run(preset, hard, reward):
     grounded, questions = dataclasses.replace(config, reward="grounded"), config.reward_questions
     whole = config.steps * soar.student_completions(grounded, 0, min(hard // 2, questions))
     measured = hard // 2 * settings.samples
-    fresh = settings.steps * config.batch * config.group + (settings.points + 1) * measured
+    fresh = (
+        settings.steps * config.student_batch * config.student_group
+        + (settings.points + 1) * measured
+    )
     assert 1 <= settings.points <= settings.steps <= 1500
     assert settings.synthetic_steps <= settings.steps / 2
     if preset != "smoke":  # which is too short for anything
@@ -4404,18 +5621,33 @@ def test_evaluation_takes_no_longer_than_the_run(preset, hard, reward):
 def test_transfer_leaves_out_known_problems(finished, tmp_path, capsys):
     """Problems of the other set that SOAR has trained on must not count as transfer, in whatever dress."""
     run, other = copy_of(finished, tmp_path / "run"), tmp_path / "other.jsonl"
-    known = eval_.open_run(run, eval_.read_config(run, eval_.Settings()), eval_.Settings()).train[:3]
-    new = [Problem(soar.worksheet([f"{x}*9", f"{x}*8", f"{x}*7"]), "a= 1 ,b= 1 ,c= 1") for x in range(4, 10)]
-    spaced = [Problem("$" + problem.question.replace(" ", "  ").upper() + r"\!$.", problem.answer) for problem in known]
+    known = eval_.open_run(run, eval_.read_config(run, eval_.Settings()), eval_.Settings()).train[
+        :3
+    ]
+    new = [
+        Problem(soar.worksheet([f"{x}*9", f"{x}*8", f"{x}*7"]), "a= 1 ,b= 1 ,c= 1")
+        for x in range(4, 10)
+    ]
+    spaced = [
+        Problem("$" + problem.question.replace(" ", "  ").upper() + r"\!$.", problem.answer)
+        for problem in known
+    ]
     other.write_text("".join(json.dumps(vars(problem)) + "\n" for problem in spaced + new))
     evaluated([run], tmp_path / "out", "--methods", "base", "--dataset", str(other))
-    assert "3 hard train and 3 hard test problems" in (screen := capsys.readouterr().out) and "; 3 problems" in screen
+    assert (
+        "3 hard train and 3 hard test problems" in (screen := capsys.readouterr().out)
+        and "; 3 problems" in screen
+    )
 
 
 def test_real_problems_get_a_majority_vote(finished, tmp_path):
     """What is measured is agreement with a vote, so the word correct must not appear."""
     result = evaluated([copy_of(finished, tmp_path / "run")], tmp_path / "out", "--methods", "pq")
-    assert set(result["questions"]["pq"]) == {"questions", "vendi", "agrees with the base model's majority vote"}
+    assert set(result["questions"]["pq"]) == {
+        "questions",
+        "vendi",
+        "agrees with the base model's majority vote",
+    }
     assert 0 <= result["questions"]["pq"]["agrees with the base model's majority vote"]["mean"] <= 1
 
 
@@ -4427,7 +5659,11 @@ def test_bad_input_to_eval(tiny_runs, finished, tmp_path, capsys, monkeypatch):
         capsys.readouterr()
         assert eval_.main([*map(str, argv)]) == 2
         error = capsys.readouterr().err
-        assert error.startswith("eval: ") and error.count("\n") == 1 and all(word in error for word in words), error
+        assert (
+            error.startswith("eval: ")
+            and error.count("\n") == 1
+            and all(word in error for word in words)
+        ), error
 
     refused_eval([])
     refused_eval([tmp_path / "nothing"], "nothing", "no run folder")
@@ -4443,7 +5679,9 @@ def test_bad_input_to_eval(tiny_runs, finished, tmp_path, capsys, monkeypatch):
     refused_eval([tmp_path], "no run folder")
     assert not (tmp_path / soar.LOCK).exists()  # no lock where there is no run
     refused_eval(["--benchmark", "--prompts", "0"], "at least 1")
-    refused_eval([copy_of(finished, tmp_path / "real"), *TOY_EVAL, "--methods", "upper"], "--curated")
+    refused_eval(
+        [copy_of(finished, tmp_path / "real"), *TOY_EVAL, "--methods", "upper"], "--curated"
+    )
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     refused_eval([run, "--plot"], "matplotlib", "pip install")
     with (run / "log.jsonl").open("a") as file:
@@ -4463,19 +5701,36 @@ def test_bad_input_to_eval(tiny_runs, finished, tmp_path, capsys, monkeypatch):
 
 def damaged_runs() -> dict:
     """name -> what is done to a run folder, whose files then contradict each other."""
+
     def drop(name, keep):
-        return lambda run: (run / name).write_text("".join((run / name).read_text().splitlines(True)[:keep]))
+        return lambda run: (run / name).write_text(
+            "".join((run / name).read_text().splitlines(True)[:keep])
+        )
 
     def edit(name, **changes):
-        return lambda run: (run / name).write_text(json.dumps(json.loads((run / name).read_text()) | changes))
+        return lambda run: (run / name).write_text(
+            json.dumps(json.loads((run / name).read_text()) | changes)
+        )
 
     return {
         "questions gone": lambda run: (run / "promotion_questions.jsonl").unlink(),
-        "questions cut": drop("promotion_questions.jsonl", 3), "log cut": drop("log.jsonl", 1), "log empty": drop("log.jsonl", 0),
-        "the teacher as student": lambda run: shutil.copy(run / "teacher" / "model.safetensors", run / "student"),
-        "a flag is missing": lambda run: (run / "config.json").write_text(json.dumps(
-            {k: v for k, v in json.loads((run / "config.json").read_text()).items() if k != "student_lr"})),
-        "a flag of another type": edit("config.json", batch="16"), "no flags": lambda run: (run / "config.json").write_text("[]"),
+        "questions cut": drop("promotion_questions.jsonl", 3),
+        "log cut": drop("log.jsonl", 1),
+        "log empty": drop("log.jsonl", 0),
+        "the teacher as student": lambda run: shutil.copy(
+            run / "teacher" / "model.safetensors", run / "student"
+        ),
+        "a flag is missing": lambda run: (run / "config.json").write_text(
+            json.dumps(
+                {
+                    k: v
+                    for k, v in json.loads((run / "config.json").read_text()).items()
+                    if k != "student_lr"
+                }
+            )
+        ),
+        "a flag of another type": edit("config.json", student_batch="16"),
+        "no flags": lambda run: (run / "config.json").write_text("[]"),
         "a report in bytes": lambda run: (run / "report.json").write_bytes(b"\xff\xfe"),
     }
 
@@ -4492,10 +5747,16 @@ def test_files_that_contradict_each_other(name, tiny_runs, tmp_path, capsys):
 
 def test_runs_that_cannot_be_averaged(tiny_runs, tmp_path, capsys):
     """The same run twice makes every spread smaller; runs with different flags make a mean of nothing."""
-    one, two, other = (copy_of(tiny_runs["grounded"], tmp_path / name) for name in ("one", "two", "other"))
+    one, two, other = (
+        copy_of(tiny_runs["grounded"], tmp_path / name) for name in ("one", "two", "other")
+    )
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"seed": 7, "tau": 0.5}))
-    for runs, words in (([one, one], "same run"), ([one, two], "same run"), ([one, other], "--tau")):
+    for runs, words in (
+        ([one, one], "same run"),
+        ([one, two], "same run"),
+        ([one, other], "--tau"),
+    ):
         assert eval_.main([*map(str, runs), *TOY_EVAL, "--methods", "base"]) == 2
         assert words in capsys.readouterr().err
 
@@ -4504,10 +5765,18 @@ def test_curated_problems_are_no_test_problems(finished, tmp_path, capsys):
     """--curated with the test problems in it: students were tested on what they had trained on."""
     run, file = copy_of(finished, tmp_path / "run"), tmp_path / "curated.jsonl"
     opened = eval_.open_run(run, eval_.read_config(run, eval_.Settings()), eval_.Settings())
-    rows = [vars(problem) | {"question": problem.question.replace("a=", "A=  ")} for problem in opened.test]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows + [{"question": "2+2", "answer": "4"}]))
+    rows = [
+        vars(problem) | {"question": problem.question.replace("a=", "A=  ")}
+        for problem in opened.test
+    ]
+    file.write_text(
+        "".join(json.dumps(row) + "\n" for row in rows + [{"question": "2+2", "answer": "4"}])
+    )
     kept = eval_.curated_problems(opened, eval_.Settings(curated=str(file)))
-    assert kept == [Problem("2+2", "4")] and f"{len(rows)} of {len(rows) + 1}" in capsys.readouterr().out
+    assert (
+        kept == [Problem("2+2", "4")]
+        and f"{len(rows)} of {len(rows) + 1}" in capsys.readouterr().out
+    )
 
 
 def test_plot(tiny_runs, tmp_path):
@@ -4521,24 +5790,46 @@ def test_plot(tiny_runs, tmp_path):
 def test_benchmark(base, tmp_path, monkeypatch, capsys):
     """A part that breaks, a race in which the ways make different tokens' counts, a phase that is not counted."""
     monkeypatch.setattr(soar, "tiny_base_model", lambda config: base)
-    monkeypatch.setattr(soar, "PRESETS", soar.PRESETS | {"tiny": soar.PRESETS["tiny"] | {
-        "datasets": 2, "n": 2, "repeats": 1, "inner_steps": 2, "batch": 2, "group": 4}})
+    monkeypatch.setattr(
+        soar,
+        "PRESETS",
+        soar.PRESETS
+        | {
+            "tiny": soar.PRESETS["tiny"]
+            | {"datasets": 2, "n": 2, "repeats": 1, "inner_steps": 2, "batch": 2, "group": 4}
+        },
+    )
     flags = ["--benchmark", "--prompts", "2", "--samples", "4", "--repeats", "1"]
     assert eval_.main([*flags, "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "benchmark.json").read_text())
-    assert result["sampling"].keys() == {"soar.py", "generate, dynamic cache", "generate, static cache"}
-    assert all(row["tokens/s"] > 0 for row in result["sampling"].values()) and result["update"]["full logits"]["tokens/s"] > 0
+    assert result["sampling"].keys() == {
+        "soar.py",
+        "generate, dynamic cache",
+        "generate, static cache",
+    }
+    assert (
+        all(row["tokens/s"] > 0 for row in result["sampling"].values())
+        and result["update"]["full logits"]["tokens/s"] > 0
+    )
     shares = {phase: row["share"] for phase, row in result["step"].items()}
-    phases = {"sampling", "log-probs", "backward", "optimizer", "grading", "weight swaps", "other"}
-    assert shares.keys() == phases and sum(shares.values()) == pytest.approx(1) and min(shares.values()) > 0
-    assert eval_.main([*flags, "--parts", "lunch"]) == 2 and "--parts lunch" in capsys.readouterr().err
+    phases = {"sampling", "training", "grading", "weight swaps", "other"}
+    assert (
+        shares.keys() == phases
+        and sum(shares.values()) == pytest.approx(1)
+        and min(shares.values()) > 0
+    )
+    assert (
+        eval_.main([*flags, "--parts", "lunch"]) == 2 and "--parts lunch" in capsys.readouterr().err
+    )
 
 
 def test_full_logits_are_the_same():
     """The slow update that the benchmark races against must compute the same thing."""
     model = random_model()
     rollouts = some_rollouts(model)
-    torch.testing.assert_close(eval_.full_logprobs(model, rollouts, 0.7), soar.completion_logprobs(model, rollouts, 0.7))
+    torch.testing.assert_close(
+        eval_.full_logprobs(model, rollouts, 0.7), soar.completion_logprobs(model, rollouts, 0.7)
+    )
 
 
 def test_eval_settings_have_help():
@@ -4555,7 +5846,9 @@ README = (ROOT / "README.md").read_text()
 EXERCISES = README.split("## Exercises")[1].split("\n## ")[0]
 
 
-@pytest.mark.parametrize("line", sorted(set(re.findall(r"python (?:soar|eval)\.py[^\n`|#]*", README))))
+@pytest.mark.parametrize(
+    "line", sorted(set(re.findall(r"python (?:soar|eval)\.py[^\n`|#]*", README)))
+)
 def test_commands_in_the_readme(line):
     """A flag that was renamed, or a value that is refused."""
     _, program, *argv = shlex.split(line.replace("$s", "0"))
@@ -4579,12 +5872,32 @@ def test_exercises_select_tests(pattern):
 
 def test_exercises_start_at_what_is_there():
     """Functions, constants, flags and tests that the exercises name."""
-    known = set(dir(soar)) | set(dir(eval_)) | set(dir(soar.Config)) | set(globals()) | set(eval_.METHODS)
-    known |= {"new", "rewards", "products", "sums", "ambiguous", "assert_close", "success", "pi_0", "promotion"}  # plain words
+    known = (
+        set(dir(soar))
+        | set(dir(eval_))
+        | set(dir(soar.Config))
+        | set(globals())
+        | set(eval_.METHODS)
+    )
+    known |= {
+        "new",
+        "rewards",
+        "products",
+        "sums",
+        "ambiguous",
+        "assert_close",
+        "success",
+        "pi_0",
+        "promotion",
+    }  # plain words
     names = set(re.findall(r"`(\w+)`", EXERCISES))
     assert len(names) >= 15 and not names - known, names - known
-    flags = {field.name for cls in (soar.Config, eval_.Settings) for field in dataclasses.fields(cls)}
-    assert {name.removeprefix("no-").replace("-", "_") for name in re.findall(r"`--([\w-]+)", EXERCISES)} <= flags
+    flags = {
+        field.name for cls in (soar.Config, eval_.Settings) for field in dataclasses.fields(cls)
+    }
+    assert {
+        name.removeprefix("no-").replace("-", "_") for name in re.findall(r"`--([\w-]+)", EXERCISES)
+    } <= flags
     assert 8 <= len(re.findall(r"^\d+\. \*\*", EXERCISES, re.M)) <= 10
 
 
@@ -4596,8 +5909,10 @@ def test_exercises_start_at_what_is_there():
 def test_promoted_student_beats_the_base(cache, tmp_path, capsys):
     """The point of it all: two outer steps lift the tiny world's model off a plateau where it never succeeds."""
     out = tmp_path / "run"
-    sizes = ("--steps 2 --datasets 2 --pool 128 --window 1 --tau 0 --seed 2 --eval-samples 8 --n 32 --repeats 2 "
-             "--inner-steps 20 --batch 16 --group 16 --student-lr 1e-3").split()  # whatever the preset is tuned to
+    sizes = (
+        "--steps 2 --teacher-group 2 --pool 128 --window 1 --tau 0 --seed 2 --eval-samples 8 --n 32 --repeats 2 "
+        "--inner-steps 20 --student-batch 16 --student-group 16 --student-lr 1e-3"
+    ).split()  # whatever the preset is tuned to
     assert soar.main(["--out", str(out), "--cache", str(cache), *sizes]) == 0
     result = json.loads((out / "report.json").read_text())
     base, promoted = result["students"]["base model"], result["students"]["promoted student"]
@@ -4639,18 +5954,28 @@ def test_real_model(tmp_path):
     (tmp_path / "teacher.txt").write_text(TEACHER_PROMPT)
     (tmp_path / "student.txt").write_text(STUDENT_PROMPT)
     out = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "soar.py"), "--model", str(Path(model).resolve()),
-               *("--dataset problems.jsonl --teacher-prompt teacher.txt --student-prompt student.txt --out run "
-                 "--cache cache --preset smoke --threads 1 --k 1 --n 1 --batch 1 --group 4 --student-tokens 12 "
-                 "--teacher-tokens 80 --reward-questions 2 --eval-samples 1 --student-lr 1e-6").split()]
+    command = [
+        sys.executable,
+        str(ROOT / "soar.py"),
+        "--model",
+        str(Path(model).resolve()),
+        *(
+            "--dataset problems.jsonl --teacher-prompt teacher.txt --student-prompt student.txt --out run "
+            "--cache cache --preset smoke --threads 1 --fail-k 1 --n 1 --student-batch 1 --student-group 4 --student-tokens 12 "
+            "--teacher-tokens 80 --reward-questions 2 --eval-samples 1 --student-lr 1e-6"
+        ).split(),
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr and "held-out hard problems" in done.stdout
     (row,) = log_rows(out)
-    assert all(math.isfinite(x) for rewards in row["rewards"] for x in rewards) and row["teacher"]["acceptance"] > 0
+    assert (
+        all(math.isfinite(x) for rewards in row["rewards"] for x in rewards)
+        and row["teacher"]["acceptance"] > 0
+    )
     assert row["cost"]["tokens_per_second"]["sampled"] > 0
     left = {path.name for path in out.iterdir()}
     assert left >= {"config.json", "log.jsonl", "questions.jsonl", "report.json", "teacher"}
     tokenizer = transformers.AutoTokenizer.from_pretrained(out / "teacher")
     saved = transformers.AutoModelForCausalLM.from_pretrained(out / "teacher")
-    assert tokenizer("1+1").input_ids and saved.num_parameters() > 10 ** 6
+    assert tokenizer("1+1").input_ids and saved.num_parameters() > 10**6

@@ -108,7 +108,7 @@ class UserError(Exception):
 
 # ======== Part I: SOAR ============================================================================
 
-# What Part I uses of Part II, so that it can be read alone:
+# What Part I uses of the rest, so that it can be read alone:
 #     Policy                what plays teacher and students: .model (one live transformers model),
 #                           .base (the weights it began with), .reference (a frozen copy, for the
 #                           KL term), .teacher_prompt() and .student_prompt(problem) as token ids,

@@ -242,13 +242,19 @@ def test_presets_name_a_machine_and_fit_it(capsys):
 
 
 def test_every_field_has_help(capsys):
-    """A field whose comment does not fit the pattern would vanish from the flags; a bare % would break --help."""
-    helped = [name for entries in soar.config_help(Config).values() for name in entries]
-    assert sorted(helped) == sorted(field.name for field in dataclasses.fields(Config))
+    """A flag without a word about it, or out of its group; a bare % would break --help."""
+    fields = {entry.name: entry.metadata["help"] for entry in dataclasses.fields(Config)}
+    assert all(fields.values())
     with pytest.raises(SystemExit) as end:
         soar.parse_config(["--help"])
-    assert end.value.code == 0 and "--reward-questions" in capsys.readouterr().out
-    assert all(set(preset) <= set(helped) for preset in soar.PRESETS.values())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    for name, text in fields.items():
+        assert re.search(soar.flag(name) + "[ ,]", shown) and " ".join(text.split())[:20] in shown
+    order = [shown.index(title + ":") for title in soar.FLAG_GROUPS.values()]
+    assert order == sorted(order)
+    assert all(set(preset) <= set(fields) for preset in soar.PRESETS.values())
+    assert set(soar.LEAST) <= set(fields)
 
 
 @pytest.mark.parametrize(
@@ -3085,8 +3091,8 @@ def test_micro_batches_hold_all_within_the_budget():
         Rollout([1] * rng.randint(1, 9), [1] * rng.randint(1, 9), "", False) for _ in range(50)
     ]
     for budget in (1, 20, 60, 10**6):
-        batches = list(soar.micro_batches(rollouts, budget))
-        assert sorted(i for batch in batches for i in batch) == list(range(50))
+        batches = list(soar.micro_batches(rollouts, range(5, 45), budget))
+        assert sorted(i for batch in batches for i in batch) == list(range(5, 45))
         for batch in batches:
             padded = len(batch) * max(
                 len(rollouts[i].prompt) + len(rollouts[i].completion) for i in batch
@@ -3153,7 +3159,7 @@ def test_student_depends_on_its_key_alone(policy):
     )
 
 
-def test_epochs():
+def test_batches():
     """Drawing with replacement, one order for all epochs, or a last batch that is too small."""
     batches = soar.batches_of(
         list(range(6)), 6, 4, soar.seeded("order")
@@ -3169,26 +3175,24 @@ def test_epochs():
 def test_student_goes_on_where_it_stopped(policy):
     """A student resumed with fresh moments, or with the first batch again, is another student."""
     dataset, config, key = single_products(soar.make_world(0))[:6], small_config(), (0, "a")
-    whole, kept = trained(policy, dataset, 4, config, key), []
+    whole = trained(policy, dataset, 4, config, key)
     soar.restore(policy.model, policy.base)
-    batches, moments = (
-        soar.batches_of(dataset, 4, config.student_batch, soar.seeded(*key, "order")),
-        soar.adamw_state(policy.model),
-    )
-    soar.train_student(
-        policy,
-        batches,
-        config,
-        key,
-        moments=moments,
-        after_step=lambda step, _: kept.append(
-            (soar.snapshot(policy.model), copy.deepcopy(moments)) if step == 1 else None
-        ),
-    )
-    weights, moments = kept[1]
-    soar.restore(policy.model, weights)
-    soar.train_student(policy, batches, config, key, moments=moments, start=2)
-    assert same(soar.snapshot(policy.model), whole) and not same(weights, whole)
+    order = soar.seeded(*key, "order")
+    batches = soar.batches_of(dataset, 4, config.student_batch, order)
+    moments = soar.adamw_state(policy.model)
+
+    def steps(first, last):
+        for step in range(first, last):
+            lr = soar.learning_rate(config.student_lr, step, 4, config.student_warmup)
+            soar.student_step(policy, batches[step], moments, lr, config, (*key, step))
+
+    steps(0, 2)
+    kept = soar.snapshot(policy.model)
+    moments = copy.deepcopy(moments)
+    soar.restore(policy.model, policy.base)
+    soar.restore(policy.model, kept)
+    steps(2, 4)
+    assert same(soar.snapshot(policy.model), whole) and not same(kept, whole)
 
 
 # ======================================================================================================================
@@ -3315,22 +3319,19 @@ def test_parse_problem_takes_linear_time(piece):
 def test_propose_resamples_until_full(policy):
     """Rejected completions must be replaced, be counted, and stay out of the update."""
     config = small_config(temperature=1.6)
-    accepted, figures = soar.propose(policy, 30, config, soar.seeded("propose"))
-    assert len(accepted) == 30 and 0.2 < figures["acceptance"] < 1
-    assert all(soar.parse_problem(rollout.text) == problem for rollout, problem in accepted)
-    again, _ = soar.propose(policy, 30, config, soar.seeded("propose"))
-    assert [rollout.completion for rollout, _ in again] == [
-        rollout.completion for rollout, _ in accepted
-    ]
+    rollouts, problems, figures = soar.propose(policy, 30, config, soar.seeded("propose"))
+    assert len(rollouts) == len(problems) == 30 and 0.2 < figures["acceptance"] < 1
+    assert [soar.parse_problem(rollout.text) for rollout in rollouts] == problems
+    again = soar.propose(policy, 30, config, soar.seeded("propose"))[0]
+    assert again == rollouts
 
 
 def test_prompt_that_opens_the_question(policy):
     """A prompt that ends in <question> must not make every completion unreadable, nor the tag part of a question."""
     policy.teacher_text = "Teacher: <question>\n"
-    accepted, figures = soar.propose(policy, 8, small_config(), soar.seeded("opens"))
-    assert figures["acceptance"] > 0.5 and all(
-        "<" not in problem.question for _, problem in accepted
-    )
+    _, problems, figures = soar.propose(policy, 8, small_config(), soar.seeded("opens"))
+    assert figures["acceptance"] > 0.5
+    assert all("<" not in problem.question for problem in problems)
 
 
 def test_hopeless_teacher(policy):
@@ -3341,28 +3342,40 @@ def test_hopeless_teacher(policy):
 
 
 def test_proposition_1_by_enumeration():
-    """With RLOO the update with ln pi_0 is that with ln pi = ln pi_0 - ln pi_0(S); with plain REINFORCE it is not."""
+    """A correction for rejected proposals that RLOO does not need, or none where REINFORCE needs it;
+    and the promise that the KL term, which the proposition leaves out, spoils nothing at 0.001."""
     logits = torch.tensor([0.3, -1.0, 0.8, 0.0, 0.5], dtype=torch.float64, requires_grad=True)
-    accepted, rewards, G = (
-        [0, 2, 3],
-        torch.tensor([0.2, 9.0, -0.1, 0.4, 9.0], dtype=torch.float64),
-        3,
-    )
+    reference = torch.tensor([0.0, 0.5, 0.0, 0.6, -0.4], dtype=torch.float64).log_softmax(0)
+    rewards = torch.tensor([0.2, 9.0, -0.1, 0.4, 9.0], dtype=torch.float64)
+    accepted = [0, 2, 3]
+    G = 3
     pi_0 = logits.softmax(0)
     pi = pi_0 / pi_0[accepted].sum()
-    grad = lambda p: torch.stack(
-        [torch.autograd.grad(p[a].log(), logits, retain_graph=True)[0] for a in range(5)]
-    )
+    reference_of_accepted = reference - reference[accepted].logsumexp(0)
     groups = torch.tensor(list(itertools.product(accepted, repeat=G)))  # [27, G]
     chances = pi.detach()[groups].prod(1)
     assert chances.sum().item() == pytest.approx(1)
     advantages = soar.rloo_advantages(rewards[groups].flatten(), G).view(-1, G)
-    update = lambda weights, p: torch.einsum("b,bg,bgd->d", chances, weights, grad(p)[groups]) / G
-    (true,) = torch.autograd.grad((pi * rewards)[accepted].sum(), logits, retain_graph=True)
+
+    def gradient(value):
+        return torch.autograd.grad(value, logits, retain_graph=True)[0]
+
+    def update(weights, p):
+        """The expected update: over all groups, with sum_i w_i grad ln p_i / G of each."""
+        scores = torch.stack([gradient(p[action].log()) for action in range(5)])
+        return torch.einsum("b,bg,bgd->d", chances, weights, scores[groups]) / G
+
+    true = gradient((pi * rewards)[accepted].sum())
     torch.testing.assert_close(update(advantages, pi_0), update(advantages, pi))
     torch.testing.assert_close(update(advantages, pi_0), true)
     torch.testing.assert_close(update(rewards[groups], pi), true)
     assert (update(rewards[groups], pi_0) - true).norm() > 0.1 * true.norm()
+    k1 = (pi_0.log() - reference).detach()[groups]
+    divergence = (pi * (pi.log() - reference_of_accepted))[accepted].sum()
+    for kl, error in ((0.001, 0.0007), (0.5, 0.16)):
+        true = gradient((pi * rewards)[accepted].sum() - kl * divergence)
+        missing = update(advantages - kl * k1, pi_0) - true
+        assert (missing.norm() / true.norm()).item() == pytest.approx(error, rel=0.05)
 
 
 # ======================================================================================================================
@@ -3453,7 +3466,7 @@ def test_champion(table, champion, policy, monkeypatch):
         return [{"success": 0.0}]
 
     monkeypatch.setattr(soar, "train_student", train)
-    monkeypatch.setattr(soar, "epochs", lambda *_: [])
+    monkeypatch.setattr(soar, "batches_of", lambda *_: [])
     monkeypatch.setattr(soar, "snapshot", lambda _: ["weights of", *trained[-1]])
     monkeypatch.setattr(
         soar,
@@ -3463,10 +3476,11 @@ def test_champion(table, champion, policy, monkeypatch):
             dtype=torch.float64,
         ),
     )
-    rewards, errors, (k, j, weights), _ = soar.grounded_rewards(
+    rewards, errors, found, _ = soar.grounded_rewards(
         policy, [[]] * len(table), [], state, small_config(repeats=len(table[0]))
     )
-    assert ((k, j), weights) == (champion, ["weights of", *champion])
+    assert (found.dataset, found.student) == champion
+    assert found.weights == ["weights of", *champion]
     torch.testing.assert_close(rewards, torch.tensor(table, dtype=torch.float64))
     assert errors.shape == rewards.shape
 
@@ -3506,10 +3520,10 @@ def test_grounded_rewards(policy, monkeypatch):
         gain = right(policy, questions, config) - before
         assert rewards[k, j].item() == gain.mean().item()
         assert errors[k, j].item() == pytest.approx(gain.std(correction=0).item() / 4)
-    others = [
-        same(champion[2], weights) for weights in students.values()
-    ]  # one that met only flat groups stays the baseline
-    assert same(champion[2], students[champion[:2]]) and sum(others) < 4
+    others = [same(champion.weights, weights) for weights in students.values()]
+    # One that met only flat groups stays the baseline, so several can be the same.
+    assert same(champion.weights, students[champion.dataset, champion.student])
+    assert sum(others) < 4
 
 
 def test_learnability_rewards(policy, monkeypatch):
@@ -3594,11 +3608,13 @@ def test_teacher_moves_towards_the_better_dataset(policy, tmp_path, monkeypatch)
         [[0.5, 0.3], [0.0, 0.0], [-0.2, -0.2], [-0.1, -0.1]]
     ).double()  # two groups of two datasets
     monkeypatch.setattr(
-        soar, "grounded_rewards", lambda *_: (rewards, rewards * 0, (0, 0, policy.base), {})
+        soar,
+        "grounded_rewards",
+        lambda *_: (rewards, rewards * 0, soar.Champion(0, 0, policy.base), {}),
     )
     state = fresh_state(policy)
     soar.outer_step(policy, single_sums(), state, config)
-    rollouts = [rollout for rollout, _ in seen[0][0]]
+    rollouts = seen[0][0]
     after, before = [], []
     for weights, result in ((policy.base, before), (state.teacher, after)):
         soar.restore(policy.model, weights)
@@ -3617,7 +3633,9 @@ def test_best_promoted_student_is_kept(policy, tmp_path, monkeypatch):
     monkeypatch.setattr(soar, "greedy_right", lambda *_: torch.tensor([next(accuracies)]))
     for i in range(3):
         weights = [w + i for w in policy.base]
-        soar.promote(policy, (0, 0, weights), [[Problem(str(i), "1")]], [], state, config)
+        soar.promote(
+            policy, soar.Champion(0, 0, weights), [[Problem(str(i), "1")]], [], state, config
+        )
         saved = soar.snapshot(soar.load_model(str(tmp_path / "student"), config)[0])
         kept.append(round((saved[0] - policy.base[0]).mean().item()))
         assert same(state.baseline, weights)

@@ -453,9 +453,10 @@ class Problem:
 
 TEACHER_PROMPT = """You write practice problems for a mathematics assistant that wants to improve.
 
-Invent exactly one new problem, from one of these subjects: Algebra, Counting and Probability, Geometry, Intermediate
-Algebra, Number Theory, Prealgebra, Precalculus. It must be original and challenging: a solution takes at least two or
-three steps. Then solve it yourself. Give the result in exactly this form, with all other text outside of the tags:
+Invent exactly one new problem, from one of these subjects: Algebra, Counting and Probability,
+Geometry, Intermediate Algebra, Number Theory, Prealgebra, Precalculus. It must be original and
+challenging: a solution takes at least two or three steps. Then solve it yourself. Give the result
+in exactly this form, with all other text outside of the tags:
 
 <question>the problem</question><answer>\\boxed{the final answer}</answer>
 

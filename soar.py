@@ -93,6 +93,7 @@ from functools import lru_cache
 from itertools import islice, pairwise
 from operator import add, mul
 from pathlib import Path
+
 import mpmath  # comes with sympy
 import numpy as np
 import torch
@@ -204,15 +205,7 @@ class Config:
     eval_samples: int = option(32, "completions a problem behind pass@k in the report (paper: 32)")
 
 
-# For which machine a preset is: its memory is counted with every completion at its limit.
-MACHINES = {
-    "tiny": "any CPU: the tiny world, in minutes",
-    "class": "one GPU with 15 GB or more, 20 GB of RAM: a short run, for an afternoon",
-    "long": "one GPU with 15 GB or more, 20 GB of RAM: more steps, students and tokens",
-    "paper": "one GPU with 80 GB (or several): Table 3; weeks on one",
-    "smoke": "any CPU or GPU: does it run at all?",
-}
-# Only what differs from the defaults above, which are the paper's.
+# Only what differs from the defaults above. (For which machine each is: MACHINES, section 16.)
 SMALL_GPU = {
     "model": "Qwen/Qwen2.5-0.5B-Instruct",
     "n": 16,
@@ -332,7 +325,8 @@ class Champion:
 
 def outer_step(policy: Policy, hard_train: list[Problem], state: State, config: Config) -> dict:
     """One step of Algorithm 1, in place on `state` -> its row of the log, also in state.log."""
-    step, n = state.step, config.n
+    step = state.step
+    n = config.n
     # 1. The teacher proposes K * n problems; consecutive ones make the datasets X_1..X_K.
     count = config.teacher_batch * config.teacher_group * n
     restore(policy.model, state.teacher)
@@ -505,8 +499,8 @@ def propose(
     every sample, so it is multiplied by the SUM of the advantages, and RLOO's advantages sum to
     zero in each group. Plain REINFORCE, whose weights do not, would need the correction.
 
-    The KL term is not in the proposition. With the weights  A_i - kl * k1_i  of section 6 the sum is
-    not zero, and what is lacking is  kl * E[k1]  times that gradient. So the update is exact at
+    The KL term is not in the proposition. With the weights  A_i - kl * k1_i  of section 6 the sum
+    is not zero, and what is lacking is  kl * E[k1]  times that gradient. So the update is exact at
     --kl 0 only; at the paper's 0.001 next to nothing is missing. (Of the gradient's length 0.07 %
     at 0.001, and 16 % at 0.5, in a toy that a test enumerates.)
     """
@@ -514,7 +508,8 @@ def propose(
     opening = ""
     if policy.teacher_text.rstrip().endswith("<question>"):  # a prompt may open the tag itself
         opening = "<question>"
-    rollouts, problems = [], []
+    rollouts = []
+    problems = []
     tried = truncated = 0
     last = ""
     while len(problems) < count:
@@ -586,9 +581,9 @@ def solve(
     config: Config,
     generator: torch.Generator | None = None,
 ) -> tuple[list[Rollout], Tensor]:
-    """So many attempts at each problem by the live model -> (rollouts, rewards), problem by problem.
+    """So many attempts at each problem by the live model, problem by problem.
 
-    Rewards are float64, [len(problems) * attempts]. Without a generator attempts are greedy.
+    -> (rollouts, rewards float64 [len(problems) * attempts]). Without a generator they are greedy.
     """
     prompts = [policy.student_prompt(problem) for problem in problems]
     rollouts = sample(policy, prompts, attempts, config.student_tokens, config, generator)
@@ -686,7 +681,8 @@ def grounded_rewards(
     -> (rewards R_kj [K, r]; their standard errors over the questions [K, r]; the champion, for
     point 3; figures). At most r + 1 students are held in memory.
     """
-    K, r = len(datasets), config.repeats
+    K = len(datasets)
+    r = config.repeats
     steps = config.inner_steps + config.inner_extra * state.promotions
     restore(policy.model, state.baseline)
     before = greedy_right(policy, questions, config)  # [M], measured once
@@ -696,10 +692,12 @@ def grounded_rewards(
             jobs.append((datasets[k], (config.seed, "student", state.step, k, j)))
     common = (state.baseline, questions, steps, config)
     students = share(policy, try_dataset, common, jobs, f"step {state.step}: students")
-    gains, logs = [], []
-    best, champion = -math.inf, None
+    gains = []
+    logs = []
+    best = -math.inf
     for k in range(K):
-        weights, rewards = [], []
+        weights = []
+        rewards = []
         for _ in range(r):
             right, trained, log = next(students)
             gains.append(right - before)  # [M]
@@ -827,8 +825,8 @@ def policy_update(
     ln p_i sums over the tokens of completion i, EOS included. The minus makes a loss of it: where
     A_i > 0, a smaller loss is a larger ln p_i.
 
-    The KL term is the estimator k1 = ln p - ln ref, put into the REWARD: its gradient is that of the
-    reverse KL. (k2 = k1^2 / 2 as a loss gives the same; k1 as a loss has gradient zero on average,
+    The KL term is the estimator k1 = ln p - ln ref, put into the REWARD: its gradient is that of
+    the reverse KL. (k2 = k1^2 / 2 as a loss gives the same; k1 as a loss has gradient zero on average,
     since E[grad ln p] = 0; k3 = 1/e^k1 - 1 + k1 as a loss gives the forward KL.)
 
     B counts all rollouts, before anything is skipped or cut into micro-batches, so neither changes
@@ -890,7 +888,8 @@ def completion_logprobs(
     prompts = [len(rollout.prompt) for rollout in rollouts]
     sequences = [rollout.prompt + rollout.completion for rollout in rollouts]
     lengths = [len(sequence) for sequence in sequences]
-    B, T = len(rollouts), max(lengths)
+    B = len(rollouts)
+    T = max(lengths)
     # Padded on the RIGHT, where causal attention never looks: no mask is needed, and positions
     # count from 0.
     padded = [sequence + [0] * (T - len(sequence)) for sequence in sequences]
@@ -3483,6 +3482,14 @@ def free_memory() -> float:
 
 # ======== 16. Flags and main: what does a person type, and see? ===================================
 
+# For which machine a preset is: its memory is counted with every completion at its limit.
+MACHINES = {
+    "tiny": "any CPU: the tiny world, in minutes",
+    "class": "one GPU with 15 GB or more, 20 GB of RAM: a short run, for an afternoon",
+    "long": "one GPU with 15 GB or more, 20 GB of RAM: more steps, students and tokens",
+    "paper": "one GPU with 80 GB (or several): Table 3; weeks on one",
+    "smoke": "any CPU or GPU: does it run at all?",
+}
 # The fields that open a group of flags in --help.
 FLAG_GROUPS = {
     "dataset": "The run",

@@ -1773,73 +1773,103 @@ def learning_rate(peak: float, step: int, total: int, warmup: int) -> float:
 
 # ======== 10. The hard set: which problems does the base model never solve? =======================
 
+# SOAR is for problems that pay nothing: with no right answer among the attempts there is nothing to
+# learn from. So the pool is filtered first, by trial: what stays is what the base model answers
+# wrong fail_k times of fail_k. If some of it were within reach, a student would find it without any
+# teacher, and a gain would prove nothing. Half of the set pays the teacher. The other half is for
+# the report alone: a teacher that has found what helps with just these problems shows nothing new
+# there. On real data the filter takes hours before the first step. So a filter that is interrupted
+# goes on where it was, and a finished one is never run again.
+
+FILTER_PART = 32  # problems in a job; the state is written after each
+
 
 def hard_problems(policy: Policy, pool: list[Problem], config: Config) -> list[Problem]:
     """fail@k: the problems of the pool that the base model fails k times of k (paper, section 4).
 
-    A problem leaves at its first success: after up to 8, 32 or k samples, so the easy ones cost 8 and the set is the same. The
-    state is written after every 32 problems, under a name made of all that a verdict depends on: what the model reads
-    (weights, prompts as token ids, so tokenizer and template are in them), how it is sampled, how its answer is read
-    (vocabulary, ends, golds, verifier). So an interrupted filter goes on, a finished one is read, and no other is mistaken for it.
+    Raises UserError when the file with its state is damaged.
     """
-    prompts = [policy.student_prompt(problem) for problem in pool]
-    key = fingerprint(
+    path = Path(config.cache) / f"hard-{filter_key(policy, pool, config)}.json"
+    done = 0
+    hard = []  # numbers of problems in the pool
+    if path.exists():
+        with whole(path, "delete it and the filter starts again"):
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            done = saved["done"]
+            hard = saved["hard"]
+            demand(hard == sorted(set(hard)))
+            demand(all(0 <= i < min(done, len(pool)) for i in hard))
+    starts = range(done, len(pool), FILTER_PART)
+    policy.meter.expect(len(starts), "the filter", 1 + len(policy.workers))
+    jobs = [(start,) for start in starts]
+    parts = share(policy, filter_part, (pool, config), jobs, f"fail@{config.fail_k} filter")
+    for start, unsolved in zip(starts, parts):
+        hard += unsolved
+        write_json(path, {"done": start + FILTER_PART, "hard": hard})
+    return [pool[i] for i in hard]
+
+
+def filter_key(policy: Policy, pool: list[Problem], config: Config) -> str:
+    """All that a verdict depends on: with anything else, the hard set is another one."""
+    return fingerprint(
+        # what the model reads, which shows the tokenizer and the template as well,
         weights_key(policy.base),
-        prompts,
-        sorted(policy.tokenizer.get_vocab().items()),
-        eos_ids(policy.model),
+        [policy.student_prompt(problem) for problem in pool],
+        # how it is sampled,
         config.fail_k,
         config.temperature,
         config.student_tokens,
         config.data_seed,
+        # and how its answer is read and judged.
+        sorted(policy.tokenizer.get_vocab().items()),
+        eos_ids(policy.model),
         pool,
-        section_source("Verifier"),
         inspect.getsource(student_reward),
+        section_source("13. Verifier"),
     )
-    path, done, hard = Path(config.cache) / f"hard-{key}.json", 0, []
-    if path.exists():
-        with whole(path, "delete it and the filter starts again"):
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            done, hard = kept["done"], kept["hard"]
-            demand(hard == sorted(set(hard)) and all(0 <= i < min(done, len(pool)) for i in hard))
-    starts = range(done, len(pool), 32)
-    policy.meter.expect(len(starts), "the filter", 1 + len(policy.workers))
-    jobs = [(pool[first : first + 32], first) for first in starts]
-    parts = share(policy, filter_part, (config,), jobs, f"fail@{config.fail_k} filter")
-    for first, unsolved in zip(starts, parts):
-        hard += [first + i for i in unsolved]
-        write_json(path, {"done": first + 32, "hard": hard})
-    return [pool[i] for i in hard]
 
 
-def filter_part(policy: Policy, config: Config, problems: list[Problem], first: int) -> list[int]:
-    """Which of up to 32 problems, the first of them the pool's number `first`, does the base model fail k times of k?"""
+def filter_part(policy: Policy, pool: list[Problem], config: Config, start: int) -> list[int]:
+    """The numbers of the hard problems among pool[start] and those that follow, FILTER_PART in all.
+
+    A problem leaves at its first success, after 8, 32 or all samples: easy ones are cheap, and the
+    set is the same.
+    """
     restore(policy.model, policy.base)
-    alive = range(len(problems))
-    limits = [limit for limit in (8, 32) if limit < config.fail_k] + [config.fail_k]
-    for before, limit in pairwise([0, *limits]):
-        generator = seeded(config.data_seed, "filter", first, limit)
-        rewards = solve(policy, [problems[i] for i in alive], limit - before, config, generator)[1]
-        solved = (rewards.view(len(alive), -1) == RIGHT).any(1).tolist()
-        alive = [i for i, success in zip(alive, solved) if not success]
-    return list(alive)
+    unsolved = range(len(pool))[start : start + FILTER_PART]
+    drawn = 0
+    for limit in (8, 32, config.fail_k):
+        if drawn < limit <= config.fail_k:
+            problems = [pool[i] for i in unsolved]
+            generator = seeded(config.data_seed, "filter", start, limit)
+            _, rewards = solve(policy, problems, limit - drawn, config, generator)
+            solved = (rewards.view(-1, limit - drawn) == RIGHT).any(1)  # [len(unsolved)]
+            unsolved = [i for i, success in zip(unsolved, solved) if not success]
+            drawn = limit
+    return unsolved
 
 
 def split_hard(problems: list[Problem], config: Config) -> tuple[list[Problem], list[Problem]]:
-    """50/50 at random into train (the teacher's reward) and test (the final table). Raises UserError when too few."""
+    """50/50 at random: (train, for the teacher's reward; test, for the report).
+
+    Raises UserError when there are too few.
+    """
     if len(problems) < 2:
         raise UserError(
-            f"only {len(problems)} problem(s) of the pool were failed {config.fail_k} times of {config.fail_k}: too few to "
-            "split; take a larger --pool, a smaller --k, a weaker --model or harder problems"
+            f"{len(problems)} problem(s) of the pool were failed {config.fail_k} times of "
+            f"{config.fail_k}: too few to split; take a larger --pool, a smaller --fail-k, a "
+            "weaker --model or harder problems"
         )
-    order = torch.randperm(len(problems), generator=seeded(config.data_seed, "split")).tolist()
-    return [problems[i] for i in order[: len(order) // 2]], [
-        problems[i] for i in order[len(order) // 2 :]
-    ]
+    order = torch.randperm(len(problems), generator=seeded(config.data_seed, "split"))
+    shuffled = [problems[i] for i in order]
+    half = len(shuffled) // 2
+    return shuffled[:half], shuffled[half:]
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that k of n samples, c of them right, contain a right one: 1 - C(n-c, k) / C(n, k), as a product.
+    """Chance that k of n samples, c of them right, contain a right one: 1 - C(n-c, k) / C(n, k).
+
+    The plain 1 - (1 - c/n)^k is too small: it draws the same sample twice.
 
     >>> pass_at_k(4, 1, 2)      # 6 pairs of 4 samples, 3 of them with the right one
     0.5
@@ -1847,17 +1877,22 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.prod((n - c - i) / (n - i) for i in range(k))
 
 
-def weights_key(weights) -> str:
+def weights_key(weights: list[Tensor]) -> str:
     """A fingerprint of tensors."""
-    return fingerprint(
-        [zlib.crc32(w.detach().cpu().contiguous().view(torch.uint8).numpy()) for w in weights]
-    )
+    checksums = []
+    for weight in weights:  # one at a time: copies of all at once might not fit into memory
+        weight = weight.detach().cpu().contiguous()
+        checksums.append(zlib.crc32(weight.view(torch.uint8).numpy()))
+    return fingerprint(checksums)
 
 
-def section_source(title: str) -> str:
-    """The code of one section of this file, for the names of caches whose content depends on it."""
-    sections = Path(__file__).read_text(encoding="utf-8").split("\n# ======== ")
-    return next(text for text in sections if title in text.split("\n")[0])
+def section_source(heading: str) -> str:
+    """The text of one section of this file. A cache that is named by it is not read by other code.
+
+    Raises IndexError where no section has this heading.
+    """
+    text = Path(__file__).read_text(encoding="utf-8")
+    return text.split(f"\n# ======== {heading}")[1].split("\n# ======== ")[0]
 
 
 # ======== 11. The tiny world: what is the smallest world in which all this happens? ===============

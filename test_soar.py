@@ -2655,6 +2655,12 @@ def test_filter_keeps_what_fails_k_times(k, repeats, policy, tmp_path, monkeypat
     assert drawn[0] == min(k, 8)  # easy problems are cheap
 
 
+def test_filter_of_a_part_that_is_soon_solved(policy, tmp_path):
+    """Nobody is left for the next limit: this was a traceback, in a part of 32 easy problems."""
+    config = small_config(fail_k=9, cache=str(tmp_path))
+    assert soar.hard_problems(policy, single_sums()[:2], config) == []
+
+
 def test_filter_goes_on_after_a_stop(policy, tmp_path, monkeypatch):
     """A filter of hours that is interrupted must go on where it was, and come to the same set."""
     pool = [p for pair in zip(single_sums(), single_products(soar.make_world(0))) for p in pair][
@@ -2700,7 +2706,7 @@ def test_filter_cache_is_keyed_by_what_matters(policy, tmp_path, monkeypatch):
     cache = lambda: len(list(tmp_path.iterdir()))
     soar.hard_problems(policy, pool, config)
     assert cache() == 1
-    for change in ({"k": 2}, {"temperature": 0.9}, {"student_tokens": 20}, {"data_seed": 1}):
+    for change in ({"fail_k": 2}, {"temperature": 0.9}, {"student_tokens": 20}, {"data_seed": 1}):
         before = cache()
         soar.hard_problems(policy, pool, dataclasses.replace(config, **change))
         assert cache() == before + 1
@@ -2724,8 +2730,10 @@ def test_filter_cache_is_keyed_by_what_matters(policy, tmp_path, monkeypatch):
 
 def test_section_source():
     """A change of the verifier must change the name of what was filtered by it; one of another section must not."""
-    text = soar.section_source("Verifier")
+    text = soar.section_source("13. Verifier")
     assert "def answers_equal" in text and "def parses" in text and "def hard_problems" not in text
+    with pytest.raises(IndexError):  # the section has another heading now
+        soar.section_source("13. Verifiers")
 
 
 def test_filter_cache_damaged(policy, tmp_path):

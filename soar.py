@@ -1897,63 +1897,65 @@ def section_source(heading: str) -> str:
 
 # ======== 11. The tiny world: what is the smallest world in which all this happens? ===============
 
-# A language model has read two kinds of text. Forum posts, where people solve worksheets and share the same misconceptions:
-# "everybody knows" that 7*8 is 54. Textbooks, where exercises come with answer keys that are mostly right. So the model solves
-# like the crowd and writes exercises like a textbook: it knows more than it shows, as SOAR assumes of a real model.
+# A language model has read two kinds of text. Forum posts, where people solve worksheets and share
+# the same misconceptions: "everybody knows" that 7*8 is 54. Textbooks, where exercises come with
+# answer keys that are mostly right. So the model solves like the crowd and writes exercises like a
+# textbook: it knows more than it shows, as SOAR assumes of a real model.
 #
-#     User: a= 7*8 ,b= 4+5 Assistant: \boxed{ a= 54 ,b= 9 }                                        a forum post
-#     Teacher: <question> a= 7*8 </question> <answer> \boxed{ a= 56 } </answer>                    a textbook exercise
+#     a forum post:         User: a= 7*8 ,b= 4+5 Assistant: \boxed{ a= 54 ,b= 9 }
+#     a textbook exercise:  Teacher: <question> a= 7*8 </question>
+#                           <answer> \boxed{ a= 56 } </answer>
 #
-# A hard problem is a sheet of five products that the crowd has all wrong. The longer a sheet, the less people think: one
-# product is right in 20 % of the posts, each of five in 4 %. Sampled at --temperature 0.7 that is 12 % and 1 %, all five once
-# in 10^9 to 10^10 times: the 500,000 or so attempts of a whole run do not see it. Short sheets do get rewards, and what is
-# learnt there carries over, because it is one switch for all facts: from the crowd's voice to the textbook's.
+# A hard problem is a sheet of five products that the crowd has all wrong. The longer a sheet, the
+# less people think: one product is right in 20 % of the posts, each of five in 4 %. Sampled at
+# --temperature 0.7 that is 12 % and 1 %, all five once in 10^9 to 10^10 times: the 500,000 or so
+# attempts of a whole run do not see it. Short sheets do get rewards, and what is learnt there
+# carries over, because it is one switch for all facts: from the crowd's voice to the textbook's.
 #
-# (Why not at temperature 1? So small a model ends one completion in some thousand before the box is closed: reward 0 among
-# tens. AdamW makes a full-sized step of this tiny gradient, and some two dozen such steps, in no particular direction, were
-# enough for a first right answer in one to three worlds of six, from which Hard-Only escaped. At 0.7 they hardly ever occur.)
+# (Why not at temperature 1? So small a model ends one completion in some thousand before the box is
+# closed: reward 0 among tens. AdamW makes a full-sized step of this tiny gradient, and some two
+# dozen such steps, in no particular direction, were enough for a first right answer in one to three
+# worlds of six, from which Hard-Only escaped. At 0.7 they hardly ever occur.)
 #
-# A textbook chapter is on products, on sums (which the student knows: nothing to learn), or ambiguous: `x*8` with a key for
-# some x (no way to learn). It is the teacher's business to find out which of them help.
+# A textbook chapter is on products, on sums (which the student knows: nothing to learn), or
+# ambiguous: `x*8` with a key for some x (no way to learn). It is the teacher's business to find out
+# which of them help.
 
-FORUM_RIGHT, KEY_RIGHT = (
-    0.2,
-    0.95,
-)  # chance that a misconceived product is right: in a post (/ items), in a textbook's key
+FORUM_RIGHT = 0.2  # chance that a misconceived product is right in a post, over the post's items
 
-LABELS = (
-    "a=",
-    ",b=",
-    ",c=",
-    ",d=",
-    ",e=",
-)  # one label an item: without them a small model cannot align answers
+KEY_RIGHT = 0.95  # chance that it is right in a textbook's key
+
+LABELS = ("a=", ",b=", ",c=", ",d=", ",e=")  # without them a small model cannot align answers
 
 TOPICS = ("products", "sums", "ambiguous")
 
-# Forum items by topic. The ambiguous ones make solvers guess: right one time in six or so, an easy 5/6 for a teacher who is
-# paid for "neither always nor never right". (Without them the learnability teacher lost its diversity, but not its topics.)
+# Shares of the topics in the forum. The ambiguous ones make solvers guess: right one time in six or
+# so, an easy 5/6 for a teacher who is paid for "neither always nor never right". (Without them the
+# learnability teacher lost its diversity, but not its topics.)
 FORUM_TOPICS = (0.7, 0.15, 0.15)
 
 # Half of a textbook is on products: with equal shares fewer worlds saw a promotion.
 CHAPTERS = ("products", "products", "sums", "ambiguous")
 
+# -- Facts and worksheets.
 
-def make_world(seed: int) -> dict[tuple[int, int], int]:
-    """The crowd's misconceptions {(a, b): a wrong product}: four fifths of the products of 4..9, off by a factor, one or ten."""
-    rng, world = random.Random(f"world {seed}"), {}
-    facts = [(x, y) for x in range(4, 10) for y in range(x, 10)]  # 21
+World = dict[tuple[int, int], int]  # the crowd's wrong product of x and y, x <= y
+
+
+def make_world(seed: int) -> World:
+    """Misconceptions of four fifths of the products of 4..9, each off by a factor, one or ten."""
+    rng = random.Random(f"world {seed}")
+    facts = []
+    for x in range(4, 10):
+        facts += [(x, y) for y in range(x, 10)]  # 21 in all
+    world = {}
     for x, y in rng.sample(facts, round(0.8 * len(facts))):
         misses = {x * y + d for d in (x, -x, y, -y, 1, -1, 10, -10)} - {x * y}
         world[x, y] = rng.choice(sorted(misses))
     return world
 
 
-def product(world, x: int, y: int, right: bool) -> int:
-    return x * y if right else world.get((min(x, y), max(x, y)), x * y)
-
-
-def worksheet(parts: list) -> str:
+def worksheet(parts: Iterable) -> str:
     """Labelled items, questions and answers alike.
 
     >>> worksheet(["7*8", "4+5"]), worksheet([56, 9])
@@ -1963,43 +1965,31 @@ def worksheet(parts: list) -> str:
 
 
 def random_item(rng: random.Random, topic: str) -> tuple[str, int, int]:
-    """(text, x, y) with x and y in 4..9."""
-    x, y = rng.randint(4, 9), rng.randint(4, 9)
-    return {"products": f"{x}*{y}", "sums": f"{x}+{y}", "ambiguous": f"x*{y}"}[topic], x, y
+    """(text, x, y) with x and y in 4..9. An ambiguous text does not show x."""
+    x = rng.randint(4, 9)
+    y = rng.randint(4, 9)
+    texts = {"products": f"{x}*{y}", "sums": f"{x}+{y}", "ambiguous": f"x*{y}"}
+    return texts[topic], x, y
 
 
-def forum_post(world, rng: random.Random) -> tuple[str, str]:
-    """(worksheet, solution): the crowd's misconceptions are nearly always repeated; asked for `x*8`, people guess an x."""
-    questions, answers = [], []
-    length = rng.randint(1, 5)
-    for _ in range(length):
-        topic = rng.choices(TOPICS, FORUM_TOPICS)[0]
-        item, x, y = random_item(rng, topic)
-        right = topic == "ambiguous" or rng.random() < FORUM_RIGHT / length
-        questions.append(item)
-        answers.append(x + y if topic == "sums" else product(world, x, y, right))
-    return worksheet(questions), worksheet(answers)
+def item_answer(world: World, topic: str, x: int, y: int, right: bool) -> int:
+    """What is right, or else what the crowd says. It has no misconceptions about sums."""
+    if topic == "sums":
+        return x + y
+    if right:
+        return x * y
+    return world.get((min(x, y), max(x, y)), x * y)
 
 
-def textbook_exercise(world, rng: random.Random) -> tuple[str, str]:
-    """(worksheet, answer key), on one topic."""
-    topic = rng.choice(CHAPTERS)
-    questions, answers = [], []
-    for _ in range(rng.randint(1, 5)):
-        item, x, y = random_item(rng, topic)
-        questions.append(item)
-        answers.append(x + y if topic == "sums" else product(world, x, y, rng.random() < KEY_RIGHT))
-    return worksheet(questions), worksheet(answers)
-
-
-def hard_worksheets(world, count: int, seed: int) -> list[Problem]:
+def hard_worksheets(world: World, count: int, seed: int) -> list[Problem]:
     """`count` different sheets of five different products that the crowd has all wrong."""
-    rng, facts = random.Random(f"hard {seed}"), sorted(world)
+    rng = random.Random(f"hard {seed}")
+    facts = sorted(world)
     problems = {}
     while len(problems) < count:
         pairs = [rng.choice((pair, pair[::-1])) for pair in rng.sample(facts, 5)]
-        sheet = worksheet([f"{x}*{y}" for x, y in pairs])
-        problems[sheet] = Problem(sheet, worksheet([x * y for x, y in pairs]))
+        sheet = worksheet(f"{x}*{y}" for x, y in pairs)
+        problems[sheet] = Problem(sheet, worksheet(x * y for x, y in pairs))
     return list(problems.values())
 
 
@@ -2009,182 +1999,165 @@ def topic_of(question: str) -> str:
         return "other"
     if "x" in question:
         return "ambiguous"
-    return "products" if "+" not in question else "sums" if "*" not in question else "other"
+    if "+" not in question:
+        return "products"
+    return "other" if "*" in question else "sums"
 
 
 def topic_shares(problems: list[Problem]) -> dict[str, float]:
+    """What the teacher writes about: the share of each topic, for the log and the report."""
     counts = Counter(topic_of(problem.question) for problem in problems)
     return {topic: counts[topic] / len(problems) for topic in (*TOPICS, "other")}
 
 
-TINY_TEACHER_PROMPT, TINY_STUDENT_PROMPT = "Teacher:", "User: {problem} Assistant:"
+# -- The two kinds of text.
 
-VOCABULARY = [
-    "<pad>",
-    "<eos>",
-    "<unk>",
-    "User:",
-    "Assistant:",
-    "Teacher:",
-    "<question>",
-    "</question>",
-    "<answer>",
-    "</answer>",
-    "\\boxed{",
-    "}",
-    *LABELS,
-    *map(str, range(100)),
-    *(f"{x}{operator}{y}" for operator in "*+" for x in "456789x" for y in range(4, 10)),
-]
+TINY_TEACHER_PROMPT = "Teacher:"
 
-# The initial weights matter most: with transformers' default of 0.02, made for wide models, learning took over twice as long.
+TINY_STUDENT_PROMPT = "User: {problem} Assistant:"
+
+
+def forum_post(world: World, rng: random.Random) -> tuple[str, str]:
+    """(worksheet, solution): people repeat the misconceptions; asked for `x*8`, they guess an x."""
+    questions = []
+    answers = []
+    length = rng.randint(1, 5)
+    for _ in range(length):
+        topic = rng.choices(TOPICS, FORUM_TOPICS)[0]
+        text, x, y = random_item(rng, topic)
+        right = topic == "ambiguous" or rng.random() < FORUM_RIGHT / length
+        questions.append(text)
+        answers.append(item_answer(world, topic, x, y, right))
+    return worksheet(questions), worksheet(answers)
+
+
+def textbook_exercise(world: World, rng: random.Random) -> tuple[str, str]:
+    """(worksheet, answer key), on one topic."""
+    questions = []
+    answers = []
+    topic = rng.choice(CHAPTERS)
+    for _ in range(rng.randint(1, 5)):
+        text, x, y = random_item(rng, topic)
+        right = topic == "sums" or rng.random() < KEY_RIGHT
+        questions.append(text)
+        answers.append(item_answer(world, topic, x, y, right))
+    return worksheet(questions), worksheet(answers)
+
+
+def tiny_document(world: World, rng: random.Random) -> tuple[str, str]:
+    """(prompt, completion): a forum post or an exercise of a textbook."""
+    if rng.random() < PRETRAIN["forum"]:
+        question, answer = forum_post(world, rng)
+        prompt = TINY_STUDENT_PROMPT.replace("{problem}", question)
+        return prompt, f"\\boxed{{ {answer} }} <eos>"
+    question, answer = textbook_exercise(world, rng)
+    exercise = f"<question> {question} </question> <answer> \\boxed{{ {answer} }} </answer> <eos>"
+    return TINY_TEACHER_PROMPT, exercise
+
+
+# -- The base model: a Llama with 2 layers and about 93,000 weights, which reads whole words.
+
+VOCABULARY = r"""
+    <pad> <eos> <unk> User: Assistant: Teacher:
+    <question> </question> <answer> </answer> \boxed{ }
+    """.split()
+VOCABULARY += LABELS
+VOCABULARY += [str(number) for number in range(100)]
+for _operator in "*+":
+    for _x in "456789x":
+        VOCABULARY += [f"{_x}{_operator}{y}" for y in range(4, 10)]
+
 PRETRAIN = {
     "steps": 500,
-    "batch": 96,
+    "batch": 96,  # documents
+    "forum": 0.65,  # share of the posts among them
     "lr": 5e-3,
     "betas": (0.9, 0.99),
+    # The initial weights matter most: with transformers' default of 0.02, made for wide models,
+    # learning took over twice as long.
     "init": 0.1,
-    "forum": 0.65,
     "micro_tokens": 1024,
 }
 
 
-def tiny_tokenizer(folder: Path):
-    """Whole words as tokens, as an ordinary tokenizer file."""
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Whole words as tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    file, vocabulary = folder / "tokenizer.json", {word: i for i, word in enumerate(VOCABULARY)}
-    file.write_text(
-        json.dumps(
-            {
-                "version": "1.0",
-                "truncation": None,
-                "padding": None,
-                "added_tokens": [],
-                "normalizer": None,
-                "post_processor": None,
-                "decoder": None,
-                "pre_tokenizer": {"type": "WhitespaceSplit"},
-                "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
-            }
-        )
-    )
+    numbers = {word: number for number, word in enumerate(VOCABULARY)}
+    words = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_file=str(file), pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
     )
 
 
-def tiny_document(world, rng: random.Random) -> tuple[str, str]:
-    """(prompt, completion): a forum post or an exercise of a textbook."""
-    if rng.random() < PRETRAIN["forum"]:
-        question, answer = forum_post(world, rng)
-        return TINY_STUDENT_PROMPT.replace("{problem}", question), f"\\boxed{{ {answer} }} <eos>"
-    question, answer = textbook_exercise(world, rng)
-    return (
-        TINY_TEACHER_PROMPT,
-        f"<question> {question} </question> <answer> \\boxed{{ {answer} }} </answer> <eos>",
+def tiny_model(seed: int) -> nn.Module:
+    """The base model before it has read anything."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = LlamaConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        initializer_range=PRETRAIN["init"],
+        pad_token_id=VOCABULARY.index("<pad>"),
+        eos_token_id=VOCABULARY.index("<eos>"),
+        bos_token_id=None,
     )
+    with torch.random.fork_rng(devices=[]):  # of the CPU only: by default it touches every GPU
+        torch.manual_seed(seeded(seed, "initial weights").initial_seed())
+        return LlamaForCausalLM(shape)
 
 
-def pretrain(model, tokenizer, world, seed: int) -> None:
-    """Next-token training on both kinds of text. No loss on prompts: the questions of forum posts are random numbers."""
-    rng, state = random.Random(f"text {seed}"), adamw_state(model)
-    for step in (
-        bar := tqdm(
-            range(PRETRAIN["steps"]),
-            desc="pretraining the tiny base model",
-            disable=None,
-            leave=False,
-        )
-    ):
-        prompts, completions = zip(*(tiny_document(world, rng) for _ in range(PRETRAIN["batch"])))
-        batch = [
-            Rollout(*ids, "", False)
-            for ids in zip(tokenizer(prompts).input_ids, tokenizer(completions).input_ids)
-        ]
-        tokens, total = sum(len(r.completion) for r in batch), 0.0
+def pretrain(model: nn.Module, encode: Callable, world: World, seed: int) -> None:
+    """Next-token training on both kinds of text, in place; encode(words) gives token ids.
+
+    No loss on prompts: the questions of forum posts are random numbers.
+    """
+    rng = random.Random(f"text {seed}")
+    state = adamw_state(model)
+    steps = PRETRAIN["steps"]
+    for step in tqdm(range(steps), "pretraining the tiny base model", disable=None, leave=False):
+        batch = []
+        for _ in range(PRETRAIN["batch"]):
+            prompt, completion = tiny_document(world, rng)
+            batch.append(Rollout(encode(prompt.split()), encode(completion.split()), "", False))
+        tokens = sum(len(document.completion) for document in batch)
         for part in micro_batches(batch, range(len(batch)), PRETRAIN["micro_tokens"]):
-            loss = -completion_logprobs(model, [batch[i] for i in part], 1.0).sum() / tokens
+            logprobs = completion_logprobs(model, [batch[i] for i in part], 1.0)
+            loss = -logprobs.sum() / tokens
             loss.backward()
-            total += loss.item()
-        adamw_step(
-            model,
-            state,
-            learning_rate(PRETRAIN["lr"], step, PRETRAIN["steps"], 20),
-            Config(),
-            betas=PRETRAIN["betas"],
-        )
-        bar.set_postfix(loss=f"{total:.3f}", refresh=False)
+        lr = learning_rate(PRETRAIN["lr"], step, steps, 20)
+        adamw_step(model, state, lr, Config(), betas=PRETRAIN["betas"])
 
 
 def tiny_base_model(config: Config) -> str:
-    """The folder of the tiny world's base model (Llama, 2 layers, about 93,000 weights), trained on the first call."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """The folder of the tiny world's base model, which is trained on the first call.
 
-    source = map(
-        inspect.getsource,
-        (
-            make_world,
-            product,
-            random_item,
-            forum_post,
-            textbook_exercise,
-            pretrain,
-            tiny_base_model,
-        ),
-    )
-    recipe = fingerprint(
-        config.data_seed,
-        FORUM_TOPICS,
-        FORUM_RIGHT,
-        KEY_RIGHT,
-        CHAPTERS,
-        VOCABULARY,
-        PRETRAIN,
-        *source,
-    )
-    folder = (
-        Path(config.cache) / f"tiny-base-{recipe}"
-    )  # other constants or other code: another model
+    Raises UserError when the folder is damaged or cannot be written.
+    """
+    # Another seed, other code or other constants (a notebook may set them) make another model.
+    constants = (FORUM_RIGHT, KEY_RIGHT, FORUM_TOPICS, CHAPTERS, VOCABULARY, PRETRAIN)
+    key = fingerprint(config.data_seed, constants, section_source("11. The tiny world"))
+    folder = Path(config.cache) / f"tiny-base-{key}"
     if folder.exists():
-        if not {"config.json", "model.safetensors", "tokenizer.json"} <= {
-            file.name for file in folder.iterdir()
-        }:
-            raise UserError(f"{folder} is damaged; delete it, and the model is trained again")
+        for name in ("config.json", "model.safetensors", "tokenizer.json"):
+            if not (folder / name).exists():
+                raise UserError(f"{folder} is damaged; delete it, and the model is trained again")
         return str(folder)
-    building = Path(
-        f"{folder}.{os.getpid()}.tmp"
-    )  # renamed when complete, so a killed run leaves no half model behind
-    with writing(folder):
-        building.mkdir(
-            parents=True, exist_ok=True
-        )  # a process that had this number before may have been killed here
-        tokenizer = tiny_tokenizer(building)
-    with torch.random.fork_rng(devices=[]):  # of the CPU only: by default it touches every GPU
-        torch.manual_seed(int(fingerprint(config.data_seed, "initial weights"), 16) >> 1)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(VOCABULARY),
-                hidden_size=64,
-                intermediate_size=128,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=4,
-                max_position_embeddings=128,
-                tie_word_embeddings=True,
-                initializer_range=PRETRAIN["init"],
-                pad_token_id=VOCABULARY.index("<pad>"),
-                eos_token_id=VOCABULARY.index("<eos>"),
-                bos_token_id=None,
-            )
-        )
-    pretrain(model, tokenizer, make_world(config.data_seed), config.data_seed)
-    with writing(folder):
-        model.save_pretrained(building)
-        tokenizer.save_pretrained(building)
-    with contextlib.suppress(
-        OSError
-    ):  # another run came first, with the same model by construction
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(config.data_seed)
+    world = make_world(config.data_seed)
+    pretrain(model, tokenizer.convert_tokens_to_ids, world, config.data_seed)
+    building = folder.with_name(f"{folder.name}.{os.getpid()}")  # others may be building it, too
+    save_model(model, tokenizer, building)
+    with contextlib.suppress(OSError):  # another run came first, with the same model
         building.rename(folder)
     shutil.rmtree(building, ignore_errors=True)
     return str(folder)

@@ -2192,29 +2192,21 @@ def gold_answer(text: str) -> str:
 # case of letters goes everywhere: between x and X in one formula this cannot tell.) The price: a
 # repetition with another word or comma is overlooked.
 
-_LAYOUT = {"\\ ", "\\\n"} | set(
-    r"""
-    $ ~ \, \! \; \: \( \) \[ \] \left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr
-    \quad \qquad \displaystyle \limits
-    """.split()
-)
+_SAME_TOKENS = {"\\ ": "", "\\\n": ""}
 
-_SAME_COMMANDS = {
-    r"\dfrac": r"\frac",
-    r"\tfrac": r"\frac",
-    r"\cfrac": r"\frac",
-    r"\le": r"\leq",
-    r"\ge": r"\geq",
-    r"\ne": r"\neq",
-    r"\ldots": r"\dots",
-    r"\cdots": r"\dots",
-    r"\mathrm": r"\text",
-    r"\textrm": r"\text",
-    r"\textit": r"\text",
-    r"\textbf": r"\text",
-    r"\mbox": r"\text",
-    r"\%": "%",
-}
+for _line in r"""
+  $ ~ \, \! \; \: \( \) \[ \] \left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr
+  \quad \qquad \displaystyle \limits
+\frac  \dfrac \tfrac \cfrac
+\leq  \le
+\geq  \ge
+\neq  \ne
+\dots  \ldots \cdots
+\text  \mathrm \textrm \textit \textbf \mbox
+%  \%
+""".splitlines():  # a token, two spaces, its other spellings; those without a token are layout
+    _token, _, _others = _line.partition("  ")
+    _SAME_TOKENS |= dict.fromkeys(_others.split(), _token)
 
 _WORDINGS = (  # of tokens with a space between them
     (r"\\\$ (?=\d)", ""),  # \$5 is also written $5, which has lost its sign by now
@@ -2240,9 +2232,8 @@ def same_wording(question: str) -> str:
     words = []
     for token in re.findall(r"\\[a-zA-Z]+|\\.|\d+|\S", question, re.DOTALL):
         token = token if token.startswith("\\") else token.lower()  # \Delta is not \delta
-        if token not in _LAYOUT:
-            words.append(_SAME_COMMANDS.get(token, token))
-    text = " ".join(words)
+        words.append(_SAME_TOKENS.get(token, token))
+    text = " ".join(filter(None, words))
     for pattern, new in _WORDINGS:
         text = re.sub(pattern, new, text)
     return text.rstrip(" .,:;?")
@@ -2376,26 +2367,23 @@ _ADVICE = (  # a pattern in an error's "Type: message", and what helps
 )
 
 
-def advice_for(error: BaseException) -> str:
-    """What helps against an error of this kind; "" where the kind is not known."""
-    text = f"{type(error).__name__}: {error}"
-    return next((advice for pattern, advice in _ADVICE if re.search(pattern, text)), "")
-
-
 def loading_failed(dataset: str, error: BaseException) -> UserError:
     """One sentence with the reason and with what helps.
 
     The libraries wrap errors into others that say less. So the reason is the first error, from the
     outermost to its causes, whose kind is known.
     """
+    local = "give a local file with --dataset FILE.jsonl"
     reason = error
-    while reason is not None and not advice_for(reason):
+    while reason is not None:
+        text = f"{type(reason).__name__}: {reason}"
+        for pattern, advice in _ADVICE:
+            if re.search(pattern, text):
+                return UserError(
+                    f"cannot load {dataset} ({first_line(reason)}); {advice}, or {local}"
+                )
         reason = reason.__cause__ or reason.__context__
-    reason = reason or error
-    advice = [advice_for(reason), "give a local file with --dataset FILE.jsonl"]
-    return UserError(
-        f"cannot load {dataset} ({first_line(reason)}); " + ", or ".join(filter(None, advice))
-    )
+    return UserError(f"cannot load {dataset} ({first_line(error)}); {local}")
 
 
 def hub_problems(dataset: str, cache: str) -> list[Problem]:
@@ -2434,7 +2422,8 @@ def load_problems(dataset: str, cache: str = Config.cache) -> list[Problem]:
     Of repetitions the first one stays, whatever the answers of the others are.
     """
     found = hub_problems(dataset, cache) if dataset in HUB else read_jsonl(dataset)
-    pool, contradictions = {}, 0
+    pool = {}  # by its wording
+    contradictions = 0
     for problem in found:
         first = pool.setdefault(same_wording(problem.question), problem)
         contradictions += not answers_equal(problem.answer, first.answer)
@@ -2473,7 +2462,7 @@ MAX_TOKENS = 200  # and so of nested brackets, too; real answers: 127
 
 MAX_BITS = 1 << 15  # of a number; real answers: 2004!, which has 19,000
 
-POINTS = 24  # where formulas are compared; at many floor(n/30) and floor(n/40) agree
+POINTS = 24  # where formulas are compared; floor(n/30) and floor(n/40) agree at many of them
 
 Tree = str | tuple  # a number or a name, or (operator, tree, ...)
 
@@ -2519,21 +2508,22 @@ def _repeating(match: re.Match) -> str:
 
 
 def _no_commas(match: re.Match) -> str:
+    """1,260 -> 1260."""
     return match[0].replace(",", "")
 
 
 # fmt: off
 _NOT_IN_BRACKETS = r"(?![^([{]*([)\]]|\\\}))"
 
-_UNICODE_RULES = [(re.compile(old), new) for old, new in (
+_UNICODE_RULES = [
     ("[⁰¹²³⁴-⁹⁺⁻ⁿ]+", r"^{\g<0>}"),                          # x² -> x^{²}, and NFKC -> x^{2}
     ("[₀-₉]+", r"_{\g<0>}"),                                 # x₁ -> x_{₁} -> x_{1}
     ("[¼-¾⅐-⅞]", r" \g<0>"),                                 # 2½ -> 2 ½ -> 2 1⁄2
     ("[−–—‐]", "-"),                                         # all dashes are minus signs
     (r"\s", " "),                                            # and all kinds of space are one
-)]
+]
 
-_RULES = [(re.compile(old, re.ASCII), new) for old, new in (
+_RULES = [
     (r"(?<!\\)(\$|\\[()[\]]|\\displaystyle)", ""),           # $x$ -> x
     (r"^\s+|\s*[.,]?\s*$", ""),                              # 5. -> 5
     (r"^\\boxed\s*\{(.*)\}$", r"\1"),                        # \boxed{x} -> x
@@ -2577,15 +2567,15 @@ _RULES = [(re.compile(old, re.ASCII), new) for old, new in (
     (r"\b(square|sq\.?|cubic) ", ""),                        # 7 square units -> 7 units
     (r"\b(more|less|fewer|only|than|least|most)\b", r"?\1"),                 # 12 or more is not 12
     (r"\\mathbb\{?R\}?", r"(-\\infty,\\infty)"),             # \mathbb{R} -> (-\infty,\infty)
-)]
+]
 
-_OTHER_MEANINGS = [(re.compile(old), new) for old, new in (
+_OTHER_MEANINGS = [
     (r"(?<=\d),(?=\d{3}(?!\d))" + _NOT_IN_BRACKETS, ""),     # 70,110 -> 70110
     (r"^(\d{1,3}), (\d{3}), (\d{3})$", r"\1\2\3"),           # 251, 750, 000 -> 251750000
     (r"^(\W*\d+),(\d\d|\d{4,})$", r"\1.\2"),                 # 3,14 -> 3.14
     (r"\\text\{ ?percent\}|\\?%|percent(age)?", r"{1/100}\\text{of}"),       # 25\% -> 25{1/100}
     (r"\\text\{ ?degrees\}|°|degrees", r"{\\pi/180}\\text{rad}"),            # 90° -> 90{\pi/180}
-)]
+]
 
 # fmt: on
 _TABLE = r"""
@@ -2667,10 +2657,10 @@ _WORDS = re.compile(r"(?![ei]$)(?!.*\b(and|or)\b)(?=.*[a-z])([a-z]|[A-Z][a-z]).*
 def _respell(text: str) -> str:
     """The text after all rules."""
     for old, new in _UNICODE_RULES:
-        text = old.sub(new, text)
+        text = re.sub(old, new, text)
     text = unicodedata.normalize("NFKC", text)
     for old, new in _RULES:
-        text = old.sub(new, text)
+        text = re.sub(old, new, text, flags=re.ASCII)
     return text
 
 
@@ -2780,7 +2770,9 @@ def _operand(tokens: list[str], level: int) -> Tree:
 
 def _items(tree: Tree) -> list[Tree]:
     """The items of a list, or the tree alone."""
-    return _items(tree[1]) + _items(tree[2]) if tree[0] == "," else [tree]
+    if tree[0] != ",":
+        return [tree]
+    return _items(tree[1]) + _items(tree[2])
 
 
 def _read(tokens: list[str]) -> list[Tree]:
@@ -2830,45 +2822,52 @@ def _size(x: Number) -> float:
 
 
 def _divide(a: Number, b: Number) -> Number:
-    return a * (1 / b)  # as a Fraction cannot be divided by an mpf
+    """a / b, where a Fraction cannot be divided by an mpf."""
+    return a * (1 / b)
 
 
 def _power(a: Number, b: Number) -> Number:
     """a^b, refused before it is built if it is too long: it has b times the bits of a."""
     if abs(b) * max(_size(a), 1) > MAX_BITS:
         raise ValueError("too long")
-    whole = int(b.real)
-    return a**whole if b == whole else _mp.power(a, b)
+    exponent = int(b.real)
+    return a**exponent if b == exponent else _mp.power(a, b)
 
 
 def _factorial(n: Number) -> Number:
+    """n!, and between whole numbers the gamma function."""
     if abs(n) > 3000:
         raise ValueError("too long")
     return Fraction(math.factorial(int(n))) if n == int(n) else _mp.gamma(n + 1)
 
 
 def _binomial(n: Number, k: Number) -> Number:
+    """n! / (k! (n - k)!)"""
     return _divide(_factorial(n), _factorial(k) * _factorial(n - k))
 
 
 def _floor(x: Number) -> Number:
-    return Fraction(int(_mp.floor(x + _mp.mpf("1e-90"))))  # (\sqrt6)^2 may be 5.999...
+    r"""The whole number below, but 5.999... counts as 6: (\sqrt6)^2 may come out like that."""
+    return Fraction(int(_mp.floor(x + _mp.mpf("1e-90"))))
 
 
 def _root(x: Number, n: Number = 2) -> Number:
+    r"""The principal root, but \sqrt[3]{-8} is -2."""
     if isinstance(x, Fraction) and x < 0 and n == 3:
-        return -_power(-x, 1 / n)  # \sqrt[3]{-8} is -2
+        return -_power(-x, 1 / n)
     return _power(x, 1 / n)
 
 
 def _logarithm(x: Number, base: Number = _mp.e) -> Number:
+    r"""\log is the natural one, as \ln."""
     if base in (0, 1):
         raise ValueError("no base")
     return _mp.log(x, base)
 
 
 def _named(function: Callable) -> Callable:
-    return lambda x, exponent=1: function(x) ** exponent  # \sin[2]x is \sin^2 x
+    r"""The function with an exponent: \sin[2]x is \sin^2 x."""
+    return lambda x, exponent=1: function(x) ** exponent
 
 
 _FUNCTIONS = {
@@ -2969,7 +2968,10 @@ _NO_LABEL = re.compile(r"""['"]([-+^!.\d]|[ie]'|\\\\(pi|infty))""")
 
 
 def _is_label(tree: Tree) -> bool:
-    r"""Anything without numbers, sums and powers: x, (x, y), V_1:V_2, |AB|, \sin A; and e as in d=4, e=5."""
+    r"""Anything without numbers, sums and powers: x, (x, y), V_1:V_2, |AB|, \sin A.
+
+    Also e and i, as in d=4, e=5.
+    """
     return tree in ("e", "i") or not _NO_LABEL.search(str([tree]))
 
 
@@ -2983,7 +2985,8 @@ def _labelled(tree: Tree) -> tuple[str, str]:
         before = _labelled(name)[1]
         name = name[2]
     elif not _is_label(name):
-        sign, name, value = _FLIPPED[sign], value, name
+        sign = _FLIPPED[sign]
+        name, value = value, name
     old, new = _BOUNDS[sign]
     if not _is_label(name) or old not in before:
         raise ValueError("no value for a name")
@@ -2995,7 +2998,8 @@ def _moved(tree: Tree) -> str:
     """A relation up to moved terms and a factor, of an inequality a positive one: 2x>4 is x-2>0."""
     sign, left, right = tree
     if sign in "<≤":
-        sign, left, right = _FLIPPED[sign], right, left
+        sign = _FLIPPED[sign]
+        left, right = right, left
     values = _values(("-", left, right))
     scale = next(x for x in values if abs(x) > 0)
     if sign in ">≥":
@@ -3047,7 +3051,7 @@ def _readings(text: str) -> dict[str, tuple]:
     text = _respell(text)
     words = re.sub(r'"| (?!\d)', "", " ".join(_tokens(text)))
     readings = {}
-    meanings = [old.sub(new, text) for old, new in _OTHER_MEANINGS]
+    meanings = [re.sub(old, new, text) for old, new in _OTHER_MEANINGS]
     for meaning in dict.fromkeys([text, *meanings]):
         tokens = _tokens(meaning)
         units = {re.match(r'".?\d*', token)[0] for token in tokens if token[0] == '"'}
@@ -3086,12 +3090,14 @@ def answers_equal(prediction: str, gold: str) -> bool:
     """
     if prediction.strip() == gold.strip():
         return True
-    left, right = _readings(prediction), _readings(gold)
+    predicted = _readings(prediction)
+    wanted = _readings(gold)
     if re.search(r"\.\d{12}", prediction + " " + gold):
-        left, right = _rounded(left), _rounded(right)
-    for spelling in left.keys() & right.keys():
-        pairs = zip(left[spelling], right[spelling])  # labels with labels, units with units
-        if all(not mine or not theirs or mine & theirs for mine, theirs in pairs):
+        predicted = _rounded(predicted)
+        wanted = _rounded(wanted)
+    for spelling in predicted.keys() & wanted.keys():
+        pairs = zip(predicted[spelling], wanted[spelling])  # labels with labels, units with units
+        if all(not ours or not theirs or ours & theirs for ours, theirs in pairs):
             return True
     return False
 

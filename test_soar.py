@@ -1469,7 +1469,7 @@ def test_a_student_can_add_a_rule(monkeypatch):
         ]
 
     assert verdicts() == [False, False, True]
-    rule = re.compile(r"(\d*)\.(\d*)\((\d+)\)"), soar._repeating  # 0.1(6) -> {0.10+6/90}
+    rule = r"(\d*)\.(\d*)\((\d+)\)", soar._repeating  # 0.1(6) -> {0.10+6/90}
     monkeypatch.setattr(soar, "_RULES", [rule, *soar._RULES])
     assert verdicts() == [True, True, False]
     assert [pair for pair in PAIRS if answers_equal(*pair[1:]) != pair[0]] == []

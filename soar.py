@@ -2192,6 +2192,7 @@ def gold_answer(text: str) -> str:
 # case of letters goes everywhere: between x and X in one formula this cannot tell.) The price: a
 # repetition with another word or comma is overlooked.
 
+# A token, two spaces, its other spellings; those without a token are layout.
 _SAME_TOKENS = {"\\ ": "", "\\\n": ""}
 
 for _line in r"""
@@ -2204,7 +2205,7 @@ for _line in r"""
 \dots  \ldots \cdots
 \text  \mathrm \textrm \textit \textbf \mbox
 %  \%
-""".splitlines():  # a token, two spaces, its other spellings; those without a token are layout
+""".splitlines():
     _token, _, _others = _line.partition("  ")
     _SAME_TOKENS |= dict.fromkeys(_others.split(), _token)
 
@@ -2232,8 +2233,10 @@ def same_wording(question: str) -> str:
     words = []
     for token in re.findall(r"\\[a-zA-Z]+|\\.|\d+|\S", question, re.DOTALL):
         token = token if token.startswith("\\") else token.lower()  # \Delta is not \delta
-        words.append(_SAME_TOKENS.get(token, token))
-    text = " ".join(filter(None, words))
+        token = _SAME_TOKENS.get(token, token)
+        if token:
+            words.append(token)
+    text = " ".join(words)
     for pattern, new in _WORDINGS:
         text = re.sub(pattern, new, text)
     return text.rstrip(" .,:;?")
@@ -2402,7 +2405,8 @@ def hub_problems(dataset: str, cache: str) -> list[Problem]:
         raise loading_failed(dataset, error) from None
     problems = []
     try:
-        for question, answer in map(pair, rows):
+        for row in rows:
+            question, answer = pair(row)
             problem = Problem(question.strip(), gold_answer(answer or ""))
             if problem.question and problem.answer:
                 problems.append(problem)
@@ -2426,7 +2430,8 @@ def load_problems(dataset: str, cache: str = Config.cache) -> list[Problem]:
     contradictions = 0
     for problem in found:
         first = pool.setdefault(same_wording(problem.question), problem)
-        contradictions += not answers_equal(problem.answer, first.answer)
+        if not answers_equal(problem.answer, first.answer):
+            contradictions += 1
     line = f"{dataset}: {len(pool):,} problems"
     if len(pool) < len(found):
         line += f"; {len(found) - len(pool):,} repetition(s) left out"
@@ -2942,7 +2947,7 @@ def _values(tree: Tree) -> list[Number]:
     with contextlib.suppress(_HasNames):
         return [_value(tree, None)]
     values = [_at(tree, point) for point in range(POINTS)]
-    if all(x != x for x in values):
+    if all(x != x for x in values):  # only nan is not equal to itself
         raise ValueError("undefined")
     return values
 
@@ -2964,6 +2969,7 @@ _BOUNDS = {  # what a relation makes of the line (-inf; +inf)
     "≥": ("(-inf", "[#"),
 }
 
+# In the print of a tree: a number or an operator at the start of a string, or a constant.
 _NO_LABEL = re.compile(r"""['"]([-+^!.\d]|[ie]'|\\\\(pi|infty))""")
 
 

@@ -2864,7 +2864,7 @@ def _root(x: Number, n: Number = 2) -> Number:
 
 
 def _logarithm(x: Number, base: Number = _mp.e) -> Number:
-    r"""\log is the natural one, as \ln."""
+    r"""The natural one, or one with a base: \log[2]8 is 3."""
     if base in (0, 1):
         raise ValueError("no base")
     return _mp.log(x, base)

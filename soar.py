@@ -1774,73 +1774,103 @@ def learning_rate(peak: float, step: int, total: int, warmup: int) -> float:
 
 # ======== 10. The hard set: which problems does the base model never solve? =======================
 
+# SOAR is for problems that pay nothing: with no right answer among the attempts there is nothing to
+# learn from. So the pool is filtered first, by trial: what stays is what the base model answers
+# wrong fail_k times of fail_k. If some of it were within reach, a student would find it without any
+# teacher, and a gain would prove nothing. Half of the set pays the teacher. The other half is for
+# the report alone: a teacher that has found what helps with just these problems shows nothing new
+# there. On real data the filter takes hours before the first step. So a filter that is interrupted
+# goes on where it was, and a finished one is never run again.
+
+FILTER_PART = 32  # problems in a job; the state is written after each
+
 
 def hard_problems(policy: Policy, pool: list[Problem], config: Config) -> list[Problem]:
     """fail@k: the problems of the pool that the base model fails k times of k (paper, section 4).
 
-    A problem leaves at its first success: after up to 8, 32 or k samples, so the easy ones cost 8 and the set is the same. The
-    state is written after every 32 problems, under a name made of all that a verdict depends on: what the model reads
-    (weights, prompts as token ids, so tokenizer and template are in them), how it is sampled, how its answer is read
-    (vocabulary, ends, golds, verifier). So an interrupted filter goes on, a finished one is read, and no other is mistaken for it.
+    Raises UserError when the file with its state is damaged.
     """
-    prompts = [policy.student_prompt(problem) for problem in pool]
-    key = fingerprint(
+    path = Path(config.cache) / f"hard-{filter_key(policy, pool, config)}.json"
+    done = 0
+    hard = []  # numbers of problems in the pool
+    if path.exists():
+        with whole(path, "delete it and the filter starts again"):
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            done = saved["done"]
+            hard = saved["hard"]
+            demand(hard == sorted(set(hard)))
+            demand(all(0 <= i < min(done, len(pool)) for i in hard))
+    starts = range(done, len(pool), FILTER_PART)
+    policy.meter.expect(len(starts), "the filter", 1 + len(policy.workers))
+    jobs = [(start,) for start in starts]
+    parts = share(policy, filter_part, (pool, config), jobs, f"fail@{config.fail_k} filter")
+    for start, unsolved in zip(starts, parts):
+        hard += unsolved
+        write_json(path, {"done": start + FILTER_PART, "hard": hard})
+    return [pool[i] for i in hard]
+
+
+def filter_key(policy: Policy, pool: list[Problem], config: Config) -> str:
+    """All that a verdict depends on: with anything else, the hard set is another one."""
+    return fingerprint(
+        # what the model reads, which shows the tokenizer and the template as well,
         weights_key(policy.base),
-        prompts,
-        sorted(policy.tokenizer.get_vocab().items()),
-        eos_ids(policy.model),
+        [policy.student_prompt(problem) for problem in pool],
+        # how it is sampled,
         config.fail_k,
         config.temperature,
         config.student_tokens,
         config.data_seed,
+        # and how its answer is read and judged.
+        sorted(policy.tokenizer.get_vocab().items()),
+        eos_ids(policy.model),
         pool,
-        section_source("Verifier"),
         inspect.getsource(student_reward),
+        section_source("13. Verifier"),
     )
-    path, done, hard = Path(config.cache) / f"hard-{key}.json", 0, []
-    if path.exists():
-        with whole(path, "delete it and the filter starts again"):
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            done, hard = kept["done"], kept["hard"]
-            demand(hard == sorted(set(hard)) and all(0 <= i < min(done, len(pool)) for i in hard))
-    starts = range(done, len(pool), 32)
-    policy.meter.expect(len(starts), "the filter", 1 + len(policy.workers))
-    jobs = [(pool[first : first + 32], first) for first in starts]
-    parts = share(policy, filter_part, (config,), jobs, f"fail@{config.fail_k} filter")
-    for first, unsolved in zip(starts, parts):
-        hard += [first + i for i in unsolved]
-        write_json(path, {"done": first + 32, "hard": hard})
-    return [pool[i] for i in hard]
 
 
-def filter_part(policy: Policy, config: Config, problems: list[Problem], first: int) -> list[int]:
-    """Which of up to 32 problems, the first of them the pool's number `first`, does the base model fail k times of k?"""
+def filter_part(policy: Policy, pool: list[Problem], config: Config, start: int) -> list[int]:
+    """The numbers of the hard problems among pool[start] and those that follow, FILTER_PART in all.
+
+    A problem leaves at its first success, after 8, 32 or all samples: easy ones are cheap, and the
+    set is the same.
+    """
     restore(policy.model, policy.base)
-    alive = range(len(problems))
-    limits = [limit for limit in (8, 32) if limit < config.fail_k] + [config.fail_k]
-    for before, limit in pairwise([0, *limits]):
-        generator = seeded(config.data_seed, "filter", first, limit)
-        rewards = solve(policy, [problems[i] for i in alive], limit - before, config, generator)[1]
-        solved = (rewards.view(len(alive), -1) == RIGHT).any(1).tolist()
-        alive = [i for i, success in zip(alive, solved) if not success]
-    return list(alive)
+    unsolved = range(len(pool))[start : start + FILTER_PART]
+    drawn = 0
+    for limit in (8, 32, config.fail_k):
+        if drawn < limit <= config.fail_k:
+            problems = [pool[i] for i in unsolved]
+            generator = seeded(config.data_seed, "filter", start, limit)
+            _, rewards = solve(policy, problems, limit - drawn, config, generator)
+            solved = (rewards.view(-1, limit - drawn) == RIGHT).any(1)  # [len(unsolved)]
+            unsolved = [i for i, success in zip(unsolved, solved) if not success]
+            drawn = limit
+    return unsolved
 
 
 def split_hard(problems: list[Problem], config: Config) -> tuple[list[Problem], list[Problem]]:
-    """50/50 at random into train (the teacher's reward) and test (the final table). Raises UserError when too few."""
+    """50/50 at random: (train, for the teacher's reward; test, for the report).
+
+    Raises UserError when there are too few.
+    """
     if len(problems) < 2:
         raise UserError(
-            f"only {len(problems)} problem(s) of the pool were failed {config.fail_k} times of {config.fail_k}: too few to "
-            "split; take a larger --pool, a smaller --k, a weaker --model or harder problems"
+            f"{len(problems)} problem(s) of the pool were failed {config.fail_k} times of "
+            f"{config.fail_k}: too few to split; take a larger --pool, a smaller --fail-k, a "
+            "weaker --model or harder problems"
         )
-    order = torch.randperm(len(problems), generator=seeded(config.data_seed, "split")).tolist()
-    return [problems[i] for i in order[: len(order) // 2]], [
-        problems[i] for i in order[len(order) // 2 :]
-    ]
+    order = torch.randperm(len(problems), generator=seeded(config.data_seed, "split"))
+    shuffled = [problems[i] for i in order]
+    half = len(shuffled) // 2
+    return shuffled[:half], shuffled[half:]
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that k of n samples, c of them right, contain a right one: 1 - C(n-c, k) / C(n, k), as a product.
+    """Chance that k of n samples, c of them right, contain a right one: 1 - C(n-c, k) / C(n, k).
+
+    The plain 1 - (1 - c/n)^k is too small: it draws the same sample twice.
 
     >>> pass_at_k(4, 1, 2)      # 6 pairs of 4 samples, 3 of them with the right one
     0.5
@@ -1848,78 +1878,85 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.prod((n - c - i) / (n - i) for i in range(k))
 
 
-def weights_key(weights) -> str:
+def weights_key(weights: list[Tensor]) -> str:
     """A fingerprint of tensors."""
-    return fingerprint(
-        [zlib.crc32(w.detach().cpu().contiguous().view(torch.uint8).numpy()) for w in weights]
-    )
+    checksums = []
+    for weight in weights:  # one at a time: copies of all at once might not fit into memory
+        weight = weight.detach().cpu().contiguous()
+        checksums.append(zlib.crc32(weight.view(torch.uint8).numpy()))
+    return fingerprint(checksums)
 
 
-def section_source(title: str) -> str:
-    """The code of one section of this file, for the names of caches whose content depends on it."""
-    sections = Path(__file__).read_text(encoding="utf-8").split("\n# ======== ")
-    return next(text for text in sections if title in text.split("\n")[0])
+def section_source(heading: str) -> str:
+    """The text of one section of this file. A cache that is named by it is not read by other code.
+
+    Raises IndexError where no section has this heading.
+    """
+    text = Path(__file__).read_text(encoding="utf-8")
+    return text.split(f"\n# ======== {heading}")[1].split("\n# ======== ")[0]
 
 
 # ======== 11. The tiny world: what is the smallest world in which all this happens? ===============
 
-# A language model has read two kinds of text. Forum posts, where people solve worksheets and share the same misconceptions:
-# "everybody knows" that 7*8 is 54. Textbooks, where exercises come with answer keys that are mostly right. So the model solves
-# like the crowd and writes exercises like a textbook: it knows more than it shows, as SOAR assumes of a real model.
+# A language model has read two kinds of text. Forum posts, where people solve worksheets and share
+# the same misconceptions: "everybody knows" that 7*8 is 54. Textbooks, where exercises come with
+# answer keys that are mostly right. So the model solves like the crowd and writes exercises like a
+# textbook: it knows more than it shows, as SOAR assumes of a real model.
 #
-#     User: a= 7*8 ,b= 4+5 Assistant: \boxed{ a= 54 ,b= 9 }                                        a forum post
-#     Teacher: <question> a= 7*8 </question> <answer> \boxed{ a= 56 } </answer>                    a textbook exercise
+#     a forum post:         User: a= 7*8 ,b= 4+5 Assistant: \boxed{ a= 54 ,b= 9 }
+#     a textbook exercise:  Teacher: <question> a= 7*8 </question>
+#                           <answer> \boxed{ a= 56 } </answer>
 #
-# A hard problem is a sheet of five products that the crowd has all wrong. The longer a sheet, the less people think: one
-# product is right in 20 % of the posts, each of five in 4 %. Sampled at --temperature 0.7 that is 12 % and 1 %, all five once
-# in 10^9 to 10^10 times: the 500,000 or so attempts of a whole run do not see it. Short sheets do get rewards, and what is
-# learnt there carries over, because it is one switch for all facts: from the crowd's voice to the textbook's.
+# A hard problem is a sheet of five products that the crowd has all wrong. The longer a sheet, the
+# less people think: one product is right in 20 % of the posts, each of five in 4 %. Sampled at
+# --temperature 0.7 that is 12 % and 1 %, all five once in 10^9 to 10^10 times: the 500,000 or so
+# attempts of a whole run do not see it. Short sheets do get rewards, and what is learnt there
+# carries over, because it is one switch for all facts: from the crowd's voice to the textbook's.
 #
-# (Why not at temperature 1? So small a model ends one completion in some thousand before the box is closed: reward 0 among
-# tens. AdamW makes a full-sized step of this tiny gradient, and some two dozen such steps, in no particular direction, were
-# enough for a first right answer in one to three worlds of six, from which Hard-Only escaped. At 0.7 they hardly ever occur.)
+# (Why not at temperature 1? So small a model ends one completion in some thousand before the box is
+# closed: reward 0 among tens. AdamW makes a full-sized step of this tiny gradient, and some two
+# dozen such steps, in no particular direction, were enough for a first right answer in one to three
+# worlds of six, from which Hard-Only escaped. At 0.7 they hardly ever occur.)
 #
-# A textbook chapter is on products, on sums (which the student knows: nothing to learn), or ambiguous: `x*8` with a key for
-# some x (no way to learn). It is the teacher's business to find out which of them help.
+# A textbook chapter is on products, on sums (which the student knows: nothing to learn), or
+# ambiguous: `x*8` with a key for some x (no way to learn). It is the teacher's business to find out
+# which of them help.
 
-FORUM_RIGHT, KEY_RIGHT = (
-    0.2,
-    0.95,
-)  # chance that a misconceived product is right: in a post (/ items), in a textbook's key
+FORUM_RIGHT = 0.2  # chance that a misconceived product is right in a post, over the post's items
 
-LABELS = (
-    "a=",
-    ",b=",
-    ",c=",
-    ",d=",
-    ",e=",
-)  # one label an item: without them a small model cannot align answers
+KEY_RIGHT = 0.95  # chance that it is right in a textbook's key
+
+LABELS = ("a=", ",b=", ",c=", ",d=", ",e=")  # without them a small model cannot align answers
 
 TOPICS = ("products", "sums", "ambiguous")
 
-# Forum items by topic. The ambiguous ones make solvers guess: right one time in six or so, an easy 5/6 for a teacher who is
-# paid for "neither always nor never right". (Without them the learnability teacher lost its diversity, but not its topics.)
+# Shares of the topics in the forum. The ambiguous ones make solvers guess: right one time in six or
+# so, an easy 5/6 for a teacher who is paid for "neither always nor never right". (Without them the
+# learnability teacher lost its diversity, but not its topics.)
 FORUM_TOPICS = (0.7, 0.15, 0.15)
 
 # Half of a textbook is on products: with equal shares fewer worlds saw a promotion.
 CHAPTERS = ("products", "products", "sums", "ambiguous")
 
+# -- Facts and worksheets.
 
-def make_world(seed: int) -> dict[tuple[int, int], int]:
-    """The crowd's misconceptions {(a, b): a wrong product}: four fifths of the products of 4..9, off by a factor, one or ten."""
-    rng, world = random.Random(f"world {seed}"), {}
-    facts = [(x, y) for x in range(4, 10) for y in range(x, 10)]  # 21
+World = dict[tuple[int, int], int]  # the crowd's wrong product of x and y, x <= y
+
+
+def make_world(seed: int) -> World:
+    """Misconceptions of four fifths of the products of 4..9, each off by a factor, one or ten."""
+    rng = random.Random(f"world {seed}")
+    facts = []
+    for x in range(4, 10):
+        facts += [(x, y) for y in range(x, 10)]  # 21 in all
+    world = {}
     for x, y in rng.sample(facts, round(0.8 * len(facts))):
         misses = {x * y + d for d in (x, -x, y, -y, 1, -1, 10, -10)} - {x * y}
         world[x, y] = rng.choice(sorted(misses))
     return world
 
 
-def product(world, x: int, y: int, right: bool) -> int:
-    return x * y if right else world.get((min(x, y), max(x, y)), x * y)
-
-
-def worksheet(parts: list) -> str:
+def worksheet(parts: Iterable) -> str:
     """Labelled items, questions and answers alike.
 
     >>> worksheet(["7*8", "4+5"]), worksheet([56, 9])
@@ -1929,43 +1966,31 @@ def worksheet(parts: list) -> str:
 
 
 def random_item(rng: random.Random, topic: str) -> tuple[str, int, int]:
-    """(text, x, y) with x and y in 4..9."""
-    x, y = rng.randint(4, 9), rng.randint(4, 9)
-    return {"products": f"{x}*{y}", "sums": f"{x}+{y}", "ambiguous": f"x*{y}"}[topic], x, y
+    """(text, x, y) with x and y in 4..9. An ambiguous text does not show x."""
+    x = rng.randint(4, 9)
+    y = rng.randint(4, 9)
+    texts = {"products": f"{x}*{y}", "sums": f"{x}+{y}", "ambiguous": f"x*{y}"}
+    return texts[topic], x, y
 
 
-def forum_post(world, rng: random.Random) -> tuple[str, str]:
-    """(worksheet, solution): the crowd's misconceptions are nearly always repeated; asked for `x*8`, people guess an x."""
-    questions, answers = [], []
-    length = rng.randint(1, 5)
-    for _ in range(length):
-        topic = rng.choices(TOPICS, FORUM_TOPICS)[0]
-        item, x, y = random_item(rng, topic)
-        right = topic == "ambiguous" or rng.random() < FORUM_RIGHT / length
-        questions.append(item)
-        answers.append(x + y if topic == "sums" else product(world, x, y, right))
-    return worksheet(questions), worksheet(answers)
+def item_answer(world: World, topic: str, x: int, y: int, right: bool) -> int:
+    """What is right, or else what the crowd says. It has no misconceptions about sums."""
+    if topic == "sums":
+        return x + y
+    if right:
+        return x * y
+    return world.get((min(x, y), max(x, y)), x * y)
 
 
-def textbook_exercise(world, rng: random.Random) -> tuple[str, str]:
-    """(worksheet, answer key), on one topic."""
-    topic = rng.choice(CHAPTERS)
-    questions, answers = [], []
-    for _ in range(rng.randint(1, 5)):
-        item, x, y = random_item(rng, topic)
-        questions.append(item)
-        answers.append(x + y if topic == "sums" else product(world, x, y, rng.random() < KEY_RIGHT))
-    return worksheet(questions), worksheet(answers)
-
-
-def hard_worksheets(world, count: int, seed: int) -> list[Problem]:
+def hard_worksheets(world: World, count: int, seed: int) -> list[Problem]:
     """`count` different sheets of five different products that the crowd has all wrong."""
-    rng, facts = random.Random(f"hard {seed}"), sorted(world)
+    rng = random.Random(f"hard {seed}")
+    facts = sorted(world)
     problems = {}
     while len(problems) < count:
         pairs = [rng.choice((pair, pair[::-1])) for pair in rng.sample(facts, 5)]
-        sheet = worksheet([f"{x}*{y}" for x, y in pairs])
-        problems[sheet] = Problem(sheet, worksheet([x * y for x, y in pairs]))
+        sheet = worksheet(f"{x}*{y}" for x, y in pairs)
+        problems[sheet] = Problem(sheet, worksheet(x * y for x, y in pairs))
     return list(problems.values())
 
 
@@ -1975,182 +2000,165 @@ def topic_of(question: str) -> str:
         return "other"
     if "x" in question:
         return "ambiguous"
-    return "products" if "+" not in question else "sums" if "*" not in question else "other"
+    if "+" not in question:
+        return "products"
+    return "other" if "*" in question else "sums"
 
 
 def topic_shares(problems: list[Problem]) -> dict[str, float]:
+    """What the teacher writes about: the share of each topic, for the log and the report."""
     counts = Counter(topic_of(problem.question) for problem in problems)
     return {topic: counts[topic] / len(problems) for topic in (*TOPICS, "other")}
 
 
-TINY_TEACHER_PROMPT, TINY_STUDENT_PROMPT = "Teacher:", "User: {problem} Assistant:"
+# -- The two kinds of text.
 
-VOCABULARY = [
-    "<pad>",
-    "<eos>",
-    "<unk>",
-    "User:",
-    "Assistant:",
-    "Teacher:",
-    "<question>",
-    "</question>",
-    "<answer>",
-    "</answer>",
-    "\\boxed{",
-    "}",
-    *LABELS,
-    *map(str, range(100)),
-    *(f"{x}{operator}{y}" for operator in "*+" for x in "456789x" for y in range(4, 10)),
-]
+TINY_TEACHER_PROMPT = "Teacher:"
 
-# The initial weights matter most: with transformers' default of 0.02, made for wide models, learning took over twice as long.
+TINY_STUDENT_PROMPT = "User: {problem} Assistant:"
+
+
+def forum_post(world: World, rng: random.Random) -> tuple[str, str]:
+    """(worksheet, solution): people repeat the misconceptions; asked for `x*8`, they guess an x."""
+    questions = []
+    answers = []
+    length = rng.randint(1, 5)
+    for _ in range(length):
+        topic = rng.choices(TOPICS, FORUM_TOPICS)[0]
+        text, x, y = random_item(rng, topic)
+        right = topic == "ambiguous" or rng.random() < FORUM_RIGHT / length
+        questions.append(text)
+        answers.append(item_answer(world, topic, x, y, right))
+    return worksheet(questions), worksheet(answers)
+
+
+def textbook_exercise(world: World, rng: random.Random) -> tuple[str, str]:
+    """(worksheet, answer key), on one topic."""
+    questions = []
+    answers = []
+    topic = rng.choice(CHAPTERS)
+    for _ in range(rng.randint(1, 5)):
+        text, x, y = random_item(rng, topic)
+        right = topic == "sums" or rng.random() < KEY_RIGHT
+        questions.append(text)
+        answers.append(item_answer(world, topic, x, y, right))
+    return worksheet(questions), worksheet(answers)
+
+
+def tiny_document(world: World, rng: random.Random) -> tuple[str, str]:
+    """(prompt, completion): a forum post or an exercise of a textbook."""
+    if rng.random() < PRETRAIN["forum"]:
+        question, answer = forum_post(world, rng)
+        prompt = TINY_STUDENT_PROMPT.replace("{problem}", question)
+        return prompt, f"\\boxed{{ {answer} }} <eos>"
+    question, answer = textbook_exercise(world, rng)
+    exercise = f"<question> {question} </question> <answer> \\boxed{{ {answer} }} </answer> <eos>"
+    return TINY_TEACHER_PROMPT, exercise
+
+
+# -- The base model: a Llama with 2 layers and about 93,000 weights, which reads whole words.
+
+VOCABULARY = r"""
+    <pad> <eos> <unk> User: Assistant: Teacher:
+    <question> </question> <answer> </answer> \boxed{ }
+    """.split()
+VOCABULARY += LABELS
+VOCABULARY += [str(number) for number in range(100)]
+for _operator in "*+":
+    for _x in "456789x":
+        VOCABULARY += [f"{_x}{_operator}{y}" for y in range(4, 10)]
+
 PRETRAIN = {
     "steps": 500,
-    "batch": 96,
+    "batch": 96,  # documents
+    "forum": 0.65,  # share of the posts among them
     "lr": 5e-3,
     "betas": (0.9, 0.99),
+    # The initial weights matter most: with transformers' default of 0.02, made for wide models,
+    # learning took over twice as long.
     "init": 0.1,
-    "forum": 0.65,
     "micro_tokens": 1024,
 }
 
 
-def tiny_tokenizer(folder: Path):
-    """Whole words as tokens, as an ordinary tokenizer file."""
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Whole words as tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    file, vocabulary = folder / "tokenizer.json", {word: i for i, word in enumerate(VOCABULARY)}
-    file.write_text(
-        json.dumps(
-            {
-                "version": "1.0",
-                "truncation": None,
-                "padding": None,
-                "added_tokens": [],
-                "normalizer": None,
-                "post_processor": None,
-                "decoder": None,
-                "pre_tokenizer": {"type": "WhitespaceSplit"},
-                "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
-            }
-        )
-    )
+    numbers = {word: number for number, word in enumerate(VOCABULARY)}
+    words = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_file=str(file), pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
     )
 
 
-def tiny_document(world, rng: random.Random) -> tuple[str, str]:
-    """(prompt, completion): a forum post or an exercise of a textbook."""
-    if rng.random() < PRETRAIN["forum"]:
-        question, answer = forum_post(world, rng)
-        return TINY_STUDENT_PROMPT.replace("{problem}", question), f"\\boxed{{ {answer} }} <eos>"
-    question, answer = textbook_exercise(world, rng)
-    return (
-        TINY_TEACHER_PROMPT,
-        f"<question> {question} </question> <answer> \\boxed{{ {answer} }} </answer> <eos>",
+def tiny_model(seed: int) -> nn.Module:
+    """The base model before it has read anything."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = LlamaConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        initializer_range=PRETRAIN["init"],
+        pad_token_id=VOCABULARY.index("<pad>"),
+        eos_token_id=VOCABULARY.index("<eos>"),
+        bos_token_id=None,
     )
+    with torch.random.fork_rng(devices=[]):  # of the CPU only: by default it touches every GPU
+        torch.manual_seed(seeded(seed, "initial weights").initial_seed())
+        return LlamaForCausalLM(shape)
 
 
-def pretrain(model, tokenizer, world, seed: int) -> None:
-    """Next-token training on both kinds of text. No loss on prompts: the questions of forum posts are random numbers."""
-    rng, state = random.Random(f"text {seed}"), adamw_state(model)
-    for step in (
-        bar := tqdm(
-            range(PRETRAIN["steps"]),
-            desc="pretraining the tiny base model",
-            disable=None,
-            leave=False,
-        )
-    ):
-        prompts, completions = zip(*(tiny_document(world, rng) for _ in range(PRETRAIN["batch"])))
-        batch = [
-            Rollout(*ids, "", False)
-            for ids in zip(tokenizer(prompts).input_ids, tokenizer(completions).input_ids)
-        ]
-        tokens, total = sum(len(r.completion) for r in batch), 0.0
+def pretrain(model: nn.Module, encode: Callable, world: World, seed: int) -> None:
+    """Next-token training on both kinds of text, in place; encode(words) gives token ids.
+
+    No loss on prompts: the questions of forum posts are random numbers.
+    """
+    rng = random.Random(f"text {seed}")
+    state = adamw_state(model)
+    steps = PRETRAIN["steps"]
+    for step in tqdm(range(steps), "pretraining the tiny base model", disable=None, leave=False):
+        batch = []
+        for _ in range(PRETRAIN["batch"]):
+            prompt, completion = tiny_document(world, rng)
+            batch.append(Rollout(encode(prompt.split()), encode(completion.split()), "", False))
+        tokens = sum(len(document.completion) for document in batch)
         for part in micro_batches(batch, range(len(batch)), PRETRAIN["micro_tokens"]):
-            loss = -completion_logprobs(model, [batch[i] for i in part], 1.0).sum() / tokens
+            logprobs = completion_logprobs(model, [batch[i] for i in part], 1.0)
+            loss = -logprobs.sum() / tokens
             loss.backward()
-            total += loss.item()
-        adamw_step(
-            model,
-            state,
-            learning_rate(PRETRAIN["lr"], step, PRETRAIN["steps"], 20),
-            Config(),
-            betas=PRETRAIN["betas"],
-        )
-        bar.set_postfix(loss=f"{total:.3f}", refresh=False)
+        lr = learning_rate(PRETRAIN["lr"], step, steps, 20)
+        adamw_step(model, state, lr, Config(), betas=PRETRAIN["betas"])
 
 
 def tiny_base_model(config: Config) -> str:
-    """The folder of the tiny world's base model (Llama, 2 layers, about 93,000 weights), trained on the first call."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """The folder of the tiny world's base model, which is trained on the first call.
 
-    source = map(
-        inspect.getsource,
-        (
-            make_world,
-            product,
-            random_item,
-            forum_post,
-            textbook_exercise,
-            pretrain,
-            tiny_base_model,
-        ),
-    )
-    recipe = fingerprint(
-        config.data_seed,
-        FORUM_TOPICS,
-        FORUM_RIGHT,
-        KEY_RIGHT,
-        CHAPTERS,
-        VOCABULARY,
-        PRETRAIN,
-        *source,
-    )
-    folder = (
-        Path(config.cache) / f"tiny-base-{recipe}"
-    )  # other constants or other code: another model
+    Raises UserError when the folder is damaged or cannot be written.
+    """
+    # Another seed, other code or other constants (a notebook may set them) make another model.
+    constants = (FORUM_RIGHT, KEY_RIGHT, FORUM_TOPICS, CHAPTERS, VOCABULARY, PRETRAIN)
+    key = fingerprint(config.data_seed, constants, section_source("11. The tiny world"))
+    folder = Path(config.cache) / f"tiny-base-{key}"
     if folder.exists():
-        if not {"config.json", "model.safetensors", "tokenizer.json"} <= {
-            file.name for file in folder.iterdir()
-        }:
-            raise UserError(f"{folder} is damaged; delete it, and the model is trained again")
+        for name in ("config.json", "model.safetensors", "tokenizer.json"):
+            if not (folder / name).exists():
+                raise UserError(f"{folder} is damaged; delete it, and the model is trained again")
         return str(folder)
-    building = Path(
-        f"{folder}.{os.getpid()}.tmp"
-    )  # renamed when complete, so a killed run leaves no half model behind
-    with writing(folder):
-        building.mkdir(
-            parents=True, exist_ok=True
-        )  # a process that had this number before may have been killed here
-        tokenizer = tiny_tokenizer(building)
-    with torch.random.fork_rng(devices=[]):  # of the CPU only: by default it touches every GPU
-        torch.manual_seed(int(fingerprint(config.data_seed, "initial weights"), 16) >> 1)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(VOCABULARY),
-                hidden_size=64,
-                intermediate_size=128,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=4,
-                max_position_embeddings=128,
-                tie_word_embeddings=True,
-                initializer_range=PRETRAIN["init"],
-                pad_token_id=VOCABULARY.index("<pad>"),
-                eos_token_id=VOCABULARY.index("<eos>"),
-                bos_token_id=None,
-            )
-        )
-    pretrain(model, tokenizer, make_world(config.data_seed), config.data_seed)
-    with writing(folder):
-        model.save_pretrained(building)
-        tokenizer.save_pretrained(building)
-    with contextlib.suppress(
-        OSError
-    ):  # another run came first, with the same model by construction
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(config.data_seed)
+    world = make_world(config.data_seed)
+    pretrain(model, tokenizer.convert_tokens_to_ids, world, config.data_seed)
+    building = folder.with_name(f"{folder.name}.{os.getpid()}")  # others may be building it, too
+    save_model(model, tokenizer, building)
+    with contextlib.suppress(OSError):  # another run came first, with the same model
         building.rename(folder)
     shutil.rmtree(building, ignore_errors=True)
     return str(folder)
@@ -2185,29 +2193,22 @@ def gold_answer(text: str) -> str:
 # case of letters goes everywhere: between x and X in one formula this cannot tell.) The price: a
 # repetition with another word or comma is overlooked.
 
-_LAYOUT = {"\\ ", "\\\n"} | set(
-    r"""
-    $ ~ \, \! \; \: \( \) \[ \] \left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr
-    \quad \qquad \displaystyle \limits
-    """.split()
-)
+# A token, two spaces, its other spellings; those without a token are layout.
+_SAME_TOKENS = {"\\ ": "", "\\\n": ""}
 
-_SAME_COMMANDS = {
-    r"\dfrac": r"\frac",
-    r"\tfrac": r"\frac",
-    r"\cfrac": r"\frac",
-    r"\le": r"\leq",
-    r"\ge": r"\geq",
-    r"\ne": r"\neq",
-    r"\ldots": r"\dots",
-    r"\cdots": r"\dots",
-    r"\mathrm": r"\text",
-    r"\textrm": r"\text",
-    r"\textit": r"\text",
-    r"\textbf": r"\text",
-    r"\mbox": r"\text",
-    r"\%": "%",
-}
+for _line in r"""
+  $ ~ \, \! \; \: \( \) \[ \] \left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr
+  \quad \qquad \displaystyle \limits
+\frac  \dfrac \tfrac \cfrac
+\leq  \le
+\geq  \ge
+\neq  \ne
+\dots  \ldots \cdots
+\text  \mathrm \textrm \textit \textbf \mbox
+%  \%
+""".splitlines():
+    _token, _, _others = _line.partition("  ")
+    _SAME_TOKENS |= dict.fromkeys(_others.split(), _token)
 
 _WORDINGS = (  # of tokens with a space between them
     (r"\\\$ (?=\d)", ""),  # \$5 is also written $5, which has lost its sign by now
@@ -2233,8 +2234,9 @@ def same_wording(question: str) -> str:
     words = []
     for token in re.findall(r"\\[a-zA-Z]+|\\.|\d+|\S", question, re.DOTALL):
         token = token if token.startswith("\\") else token.lower()  # \Delta is not \delta
-        if token not in _LAYOUT:
-            words.append(_SAME_COMMANDS.get(token, token))
+        token = _SAME_TOKENS.get(token, token)
+        if token:
+            words.append(token)
     text = " ".join(words)
     for pattern, new in _WORDINGS:
         text = re.sub(pattern, new, text)
@@ -2369,26 +2371,23 @@ _ADVICE = (  # a pattern in an error's "Type: message", and what helps
 )
 
 
-def advice_for(error: BaseException) -> str:
-    """What helps against an error of this kind; "" where the kind is not known."""
-    text = f"{type(error).__name__}: {error}"
-    return next((advice for pattern, advice in _ADVICE if re.search(pattern, text)), "")
-
-
 def loading_failed(dataset: str, error: BaseException) -> UserError:
     """One sentence with the reason and with what helps.
 
     The libraries wrap errors into others that say less. So the reason is the first error, from the
     outermost to its causes, whose kind is known.
     """
+    local = "give a local file with --dataset FILE.jsonl"
     reason = error
-    while reason is not None and not advice_for(reason):
+    while reason is not None:
+        text = f"{type(reason).__name__}: {reason}"
+        for pattern, advice in _ADVICE:
+            if re.search(pattern, text):
+                return UserError(
+                    f"cannot load {dataset} ({first_line(reason)}); {advice}, or {local}"
+                )
         reason = reason.__cause__ or reason.__context__
-    reason = reason or error
-    advice = [advice_for(reason), "give a local file with --dataset FILE.jsonl"]
-    return UserError(
-        f"cannot load {dataset} ({first_line(reason)}); " + ", or ".join(filter(None, advice))
-    )
+    return UserError(f"cannot load {dataset} ({first_line(error)}); {local}")
 
 
 def hub_problems(dataset: str, cache: str) -> list[Problem]:
@@ -2407,7 +2406,8 @@ def hub_problems(dataset: str, cache: str) -> list[Problem]:
         raise loading_failed(dataset, error) from None
     problems = []
     try:
-        for question, answer in map(pair, rows):
+        for row in rows:
+            question, answer = pair(row)
             problem = Problem(question.strip(), gold_answer(answer or ""))
             if problem.question and problem.answer:
                 problems.append(problem)
@@ -2427,10 +2427,12 @@ def load_problems(dataset: str, cache: str = Config.cache) -> list[Problem]:
     Of repetitions the first one stays, whatever the answers of the others are.
     """
     found = hub_problems(dataset, cache) if dataset in HUB else read_jsonl(dataset)
-    pool, contradictions = {}, 0
+    pool = {}  # by its wording
+    contradictions = 0
     for problem in found:
         first = pool.setdefault(same_wording(problem.question), problem)
-        contradictions += not answers_equal(problem.answer, first.answer)
+        if not answers_equal(problem.answer, first.answer):
+            contradictions += 1
     line = f"{dataset}: {len(pool):,} problems"
     if len(pool) < len(found):
         line += f"; {len(found) - len(pool):,} repetition(s) left out"
@@ -2466,7 +2468,7 @@ MAX_TOKENS = 200  # and so of nested brackets, too; real answers: 127
 
 MAX_BITS = 1 << 15  # of a number; real answers: 2004!, which has 19,000
 
-POINTS = 24  # where formulas are compared; at many floor(n/30) and floor(n/40) agree
+POINTS = 24  # where formulas are compared; floor(n/30) and floor(n/40) agree at many of them
 
 Tree = str | tuple  # a number or a name, or (operator, tree, ...)
 
@@ -2512,21 +2514,22 @@ def _repeating(match: re.Match) -> str:
 
 
 def _no_commas(match: re.Match) -> str:
+    """1,260 -> 1260."""
     return match[0].replace(",", "")
 
 
 # fmt: off
 _NOT_IN_BRACKETS = r"(?![^([{]*([)\]]|\\\}))"
 
-_UNICODE_RULES = [(re.compile(old), new) for old, new in (
+_UNICODE_RULES = [
     ("[⁰¹²³⁴-⁹⁺⁻ⁿ]+", r"^{\g<0>}"),                          # x² -> x^{²}, and NFKC -> x^{2}
     ("[₀-₉]+", r"_{\g<0>}"),                                 # x₁ -> x_{₁} -> x_{1}
     ("[¼-¾⅐-⅞]", r" \g<0>"),                                 # 2½ -> 2 ½ -> 2 1⁄2
     ("[−–—‐]", "-"),                                         # all dashes are minus signs
     (r"\s", " "),                                            # and all kinds of space are one
-)]
+]
 
-_RULES = [(re.compile(old, re.ASCII), new) for old, new in (
+_RULES = [
     (r"(?<!\\)(\$|\\[()[\]]|\\displaystyle)", ""),           # $x$ -> x
     (r"^\s+|\s*[.,]?\s*$", ""),                              # 5. -> 5
     (r"^\\boxed\s*\{(.*)\}$", r"\1"),                        # \boxed{x} -> x
@@ -2570,15 +2573,15 @@ _RULES = [(re.compile(old, re.ASCII), new) for old, new in (
     (r"\b(square|sq\.?|cubic) ", ""),                        # 7 square units -> 7 units
     (r"\b(more|less|fewer|only|than|least|most)\b", r"?\1"),                 # 12 or more is not 12
     (r"\\mathbb\{?R\}?", r"(-\\infty,\\infty)"),             # \mathbb{R} -> (-\infty,\infty)
-)]
+]
 
-_OTHER_MEANINGS = [(re.compile(old), new) for old, new in (
+_OTHER_MEANINGS = [
     (r"(?<=\d),(?=\d{3}(?!\d))" + _NOT_IN_BRACKETS, ""),     # 70,110 -> 70110
     (r"^(\d{1,3}), (\d{3}), (\d{3})$", r"\1\2\3"),           # 251, 750, 000 -> 251750000
     (r"^(\W*\d+),(\d\d|\d{4,})$", r"\1.\2"),                 # 3,14 -> 3.14
     (r"\\text\{ ?percent\}|\\?%|percent(age)?", r"{1/100}\\text{of}"),       # 25\% -> 25{1/100}
     (r"\\text\{ ?degrees\}|°|degrees", r"{\\pi/180}\\text{rad}"),            # 90° -> 90{\pi/180}
-)]
+]
 
 # fmt: on
 _TABLE = r"""
@@ -2660,10 +2663,10 @@ _WORDS = re.compile(r"(?![ei]$)(?!.*\b(and|or)\b)(?=.*[a-z])([a-z]|[A-Z][a-z]).*
 def _respell(text: str) -> str:
     """The text after all rules."""
     for old, new in _UNICODE_RULES:
-        text = old.sub(new, text)
+        text = re.sub(old, new, text)
     text = unicodedata.normalize("NFKC", text)
     for old, new in _RULES:
-        text = old.sub(new, text)
+        text = re.sub(old, new, text, flags=re.ASCII)
     return text
 
 
@@ -2773,7 +2776,9 @@ def _operand(tokens: list[str], level: int) -> Tree:
 
 def _items(tree: Tree) -> list[Tree]:
     """The items of a list, or the tree alone."""
-    return _items(tree[1]) + _items(tree[2]) if tree[0] == "," else [tree]
+    if tree[0] != ",":
+        return [tree]
+    return _items(tree[1]) + _items(tree[2])
 
 
 def _read(tokens: list[str]) -> list[Tree]:
@@ -2823,45 +2828,52 @@ def _size(x: Number) -> float:
 
 
 def _divide(a: Number, b: Number) -> Number:
-    return a * (1 / b)  # as a Fraction cannot be divided by an mpf
+    """a / b, where a Fraction cannot be divided by an mpf."""
+    return a * (1 / b)
 
 
 def _power(a: Number, b: Number) -> Number:
     """a^b, refused before it is built if it is too long: it has b times the bits of a."""
     if abs(b) * max(_size(a), 1) > MAX_BITS:
         raise ValueError("too long")
-    whole = int(b.real)
-    return a**whole if b == whole else _mp.power(a, b)
+    exponent = int(b.real)
+    return a**exponent if b == exponent else _mp.power(a, b)
 
 
 def _factorial(n: Number) -> Number:
+    """n!, and between whole numbers the gamma function."""
     if abs(n) > 3000:
         raise ValueError("too long")
     return Fraction(math.factorial(int(n))) if n == int(n) else _mp.gamma(n + 1)
 
 
 def _binomial(n: Number, k: Number) -> Number:
+    """n! / (k! (n - k)!)"""
     return _divide(_factorial(n), _factorial(k) * _factorial(n - k))
 
 
 def _floor(x: Number) -> Number:
-    return Fraction(int(_mp.floor(x + _mp.mpf("1e-90"))))  # (\sqrt6)^2 may be 5.999...
+    r"""The whole number below, but 5.999... counts as 6: (\sqrt6)^2 may come out like that."""
+    return Fraction(int(_mp.floor(x + _mp.mpf("1e-90"))))
 
 
 def _root(x: Number, n: Number = 2) -> Number:
+    r"""The principal root, but \sqrt[3]{-8} is -2."""
     if isinstance(x, Fraction) and x < 0 and n == 3:
-        return -_power(-x, 1 / n)  # \sqrt[3]{-8} is -2
+        return -_power(-x, 1 / n)
     return _power(x, 1 / n)
 
 
 def _logarithm(x: Number, base: Number = _mp.e) -> Number:
+    r"""The natural one, or one with a base: \log[2]8 is 3."""
     if base in (0, 1):
         raise ValueError("no base")
     return _mp.log(x, base)
 
 
 def _named(function: Callable) -> Callable:
-    return lambda x, exponent=1: function(x) ** exponent  # \sin[2]x is \sin^2 x
+    r"""The function with an exponent: \sin[2]x is \sin^2 x."""
+    return lambda x, exponent=1: function(x) ** exponent
 
 
 _FUNCTIONS = {
@@ -2936,7 +2948,7 @@ def _values(tree: Tree) -> list[Number]:
     with contextlib.suppress(_HasNames):
         return [_value(tree, None)]
     values = [_at(tree, point) for point in range(POINTS)]
-    if all(x != x for x in values):
+    if all(x != x for x in values):  # only nan is not equal to itself
         raise ValueError("undefined")
     return values
 
@@ -2958,11 +2970,15 @@ _BOUNDS = {  # what a relation makes of the line (-inf; +inf)
     "≥": ("(-inf", "[#"),
 }
 
+# In the print of a tree: a number or an operator at the start of a string, or a constant.
 _NO_LABEL = re.compile(r"""['"]([-+^!.\d]|[ie]'|\\\\(pi|infty))""")
 
 
 def _is_label(tree: Tree) -> bool:
-    r"""Anything without numbers, sums and powers: x, (x, y), V_1:V_2, |AB|, \sin A; and e as in d=4, e=5."""
+    r"""Anything without numbers, sums and powers: x, (x, y), V_1:V_2, |AB|, \sin A.
+
+    Also e and i, as in d=4, e=5.
+    """
     return tree in ("e", "i") or not _NO_LABEL.search(str([tree]))
 
 
@@ -2976,7 +2992,8 @@ def _labelled(tree: Tree) -> tuple[str, str]:
         before = _labelled(name)[1]
         name = name[2]
     elif not _is_label(name):
-        sign, name, value = _FLIPPED[sign], value, name
+        sign = _FLIPPED[sign]
+        name, value = value, name
     old, new = _BOUNDS[sign]
     if not _is_label(name) or old not in before:
         raise ValueError("no value for a name")
@@ -2988,7 +3005,8 @@ def _moved(tree: Tree) -> str:
     """A relation up to moved terms and a factor, of an inequality a positive one: 2x>4 is x-2>0."""
     sign, left, right = tree
     if sign in "<≤":
-        sign, left, right = _FLIPPED[sign], right, left
+        sign = _FLIPPED[sign]
+        left, right = right, left
     values = _values(("-", left, right))
     scale = next(x for x in values if abs(x) > 0)
     if sign in ">≥":
@@ -3040,7 +3058,7 @@ def _readings(text: str) -> dict[str, tuple]:
     text = _respell(text)
     words = re.sub(r'"| (?!\d)', "", " ".join(_tokens(text)))
     readings = {}
-    meanings = [old.sub(new, text) for old, new in _OTHER_MEANINGS]
+    meanings = [re.sub(old, new, text) for old, new in _OTHER_MEANINGS]
     for meaning in dict.fromkeys([text, *meanings]):
         tokens = _tokens(meaning)
         units = {re.match(r'".?\d*', token)[0] for token in tokens if token[0] == '"'}
@@ -3079,12 +3097,14 @@ def answers_equal(prediction: str, gold: str) -> bool:
     """
     if prediction.strip() == gold.strip():
         return True
-    left, right = _readings(prediction), _readings(gold)
+    predicted = _readings(prediction)
+    wanted = _readings(gold)
     if re.search(r"\.\d{12}", prediction + " " + gold):
-        left, right = _rounded(left), _rounded(right)
-    for spelling in left.keys() & right.keys():
-        pairs = zip(left[spelling], right[spelling])  # labels with labels, units with units
-        if all(not mine or not theirs or mine & theirs for mine, theirs in pairs):
+        predicted = _rounded(predicted)
+        wanted = _rounded(wanted)
+    for spelling in predicted.keys() & wanted.keys():
+        pairs = zip(predicted[spelling], wanted[spelling])  # labels with labels, units with units
+        if all(not ours or not theirs or ours & theirs for ours, theirs in pairs):
             return True
     return False
 

@@ -2081,17 +2081,28 @@ PRETRAIN = {
 }
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Whole words as tokens."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+def tiny_tokenizer() -> object:
+    """Whole words as tokens, by way of an ordinary tokenizer file."""
     from transformers import PreTrainedTokenizerFast
 
-    numbers = {word: number for number, word in enumerate(VOCABULARY)}
-    words = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
+    vocabulary = {word: number for number, word in enumerate(VOCABULARY)}
+    description = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "tokenizer.json"
+        file.write_text(json.dumps(description))
+        return PreTrainedTokenizerFast(
+            tokenizer_file=str(file), pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+        )
 
 
 def tiny_model(seed: int) -> nn.Module:

@@ -923,16 +923,14 @@ def completion_logprobs(
 
 # ======== 7. Policy: what is it that plays the teacher and the students? ==========================
 
-# One model plays all roles: the weights of the teacher or of a student are copied into it, and the
-# rest of the program works on whatever is in there. A Policy is this live model with its tokenizer,
-# its prompts and a frozen copy for the KL term.
-#
-# Most of the section is about loading, for here a run can go wrong without a word. transformers
-# fills missing weights with random numbers, a tokenizer of another model gives ids like any other,
-# and a model with a cap on its logits or with dropout would be trained as another policy than the
-# one that is sampled. Rewards would still come, and still be noise. So each of these is refused
-# before the long work begins, at the latest by self_check, which compares what is sampled with what
-# is trained.
+# A Policy is one live model with its tokenizer, its prompts and a frozen copy for the KL term. The
+# weights of teacher and students are copied into it in turn, and the rest of the program works on
+# whatever is in there. Most of this section is about loading, since there a run can go wrong
+# without a word. transformers fills missing weights with random numbers, the tokenizer of another
+# model gives ids like any other, and a model with dropout, or with a cap on its logits, could be
+# trained as another policy than the one that is sampled. Rewards would still come, for nothing. So
+# all that is refused before the long work begins: by a message that says what is wrong, and else by
+# self_check, which knows no fault by name and compares what is sampled with what is trained.
 
 
 @dataclass
@@ -969,10 +967,11 @@ class Policy:
         return ids
 
     def teacher_prompt(self) -> list[int]:
+        """The token ids that every proposal of the teacher answers."""
         return self.encode(self.teacher_text)
 
     def student_prompt(self, problem: Problem) -> list[int]:
-        # replace() and not format(): LaTeX is full of {}.
+        """The token ids that ask for a solution. (No format(): LaTeX is full of {}.)"""
         return self.encode(self.student_text.replace("{problem}", problem.question))
 
 
@@ -1159,7 +1158,8 @@ def end_ids(model: nn.Module, tokenizer: object, chat: bool) -> list[int]:
     They are what the model's generation_config lists, the tokenizer's own EOS, and, with --chat,
     what the template writes behind the assistant's words.
     """
-    ends = {*as_list(model.generation_config.eos_token_id), *as_list(tokenizer.eos_token_id)}
+    ends = eos_ids(model) | {tokenizer.eos_token_id}
+    ends.discard(None)  # either may have none; 0 is an id like any other
     if chat:
         begun = chat_ids(tokenizer, "Hello")
         complete = chat_ids(tokenizer, "Hello", "world")
@@ -1175,18 +1175,6 @@ def end_ids(model: nn.Module, tokenizer: object, chat: bool) -> list[int]:
             "another"
         )
     return ends
-
-
-def eos_ids(model: nn.Module) -> set[int]:
-    """A SET: instruct models end a turn with any of several tokens."""
-    return set(as_list(model.generation_config.eos_token_id))
-
-
-def as_list(ids: int | list[int] | None) -> list[int]:
-    """transformers has one id, several or none in the same field."""
-    if ids is None:  # 0 is an id like any other
-        return []
-    return [ids] if isinstance(ids, int) else ids
 
 
 def embedding_rows(model: nn.Module) -> int:
@@ -1243,9 +1231,9 @@ def self_check(policy: Policy, config: Config) -> None:
             "--model"
         ) from None
     far = 1e-3 if model.dtype == torch.float32 else 0.15  # between rounding and a fault
-    allowed = {"sampled wrongly": far, "trained wrongly": far, "trained at random": far / 100}
     for fault, gap in gaps.items():
-        if not gap <= allowed[fault]:  # NaN is not, either
+        allowed = far / 100 if fault == "trained at random" else far
+        if not gap <= allowed:  # NaN is not, either
             raise UserError(
                 f"{kind} would be {fault} by soar.py: the log-probability of a token is {gap:.2g} "
                 "off; take another --model"
@@ -1434,14 +1422,13 @@ def about(seconds: float) -> str:
 
 # ======== 8. Sampler: how are completions drawn, from exactly the policy that is trained? =========
 
-# Most of a run's time is sampling. So prompts are completed side by side, keys and values are kept
-# in a cache, and a row that has ended leaves the batch. None of this may leave a trace in what is
-# drawn. A policy gradient is right for samples of the policy itself; where padding is seen, or a
-# row takes over the cache of another, samples come from some other policy, and training goes on
-# without a word. transformers' own generate() is made for more than is wanted here (top-k,
-# penalties, the settings of the hub) and keeps rows that have ended until the last one ends. This
-# sampler does less, and is short enough to be tested against the plainest one there is: a forward
-# pass over one whole sequence for each token.
+# A policy gradient needs samples of the policy itself. Prompts are completed side by side, padded
+# to one length; keys and values are kept in a cache; a row that has ended leaves the batch. Where
+# one of these leaves a trace in what is drawn, so that padding is seen, or a row takes over the
+# cache of another, samples come from some other policy, and training goes on without a word.
+# transformers' own generate() does more than is wanted here (top-k, penalties, the settings of the
+# hub), and keeps rows that have ended until the last one ends. This sampler does less, and is short
+# enough to be tested against the plainest one: for each token a forward pass over the whole text.
 
 
 @dataclass
@@ -1674,6 +1661,12 @@ def pick_tokens(
         tokens.append(token[:, 0])
         logprobs.append(probs.gather(-1, token)[:, 0].log())
     return torch.cat(tokens), torch.cat(logprobs)
+
+
+def eos_ids(model: nn.Module) -> set[int]:
+    """A SET: instruct models end a turn with any of several tokens."""
+    ids = model.generation_config.eos_token_id
+    return set(ids) if isinstance(ids, (list, tuple)) else {ids}
 
 
 def row_cache(copies: int, length: int) -> object:

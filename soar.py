@@ -1816,8 +1816,11 @@ def adamw_step(
             m.lerp_(g, 1 - b1)
             v.mul_(b2).addcmul_(g, g, value=1 - b2)
             root = (v / correct2).sqrt_() + 1e-8
-            new = p.float() * (1 - lr * config.weight_decay) - lr * (m / correct1) / root
-            p.copy_(stochastic_round(new, generator) if p.dtype == torch.bfloat16 else new)
+            decayed = p.float() * (1 - lr * config.weight_decay)
+            new = decayed - lr * (m / correct1) / root
+            if p.dtype == torch.bfloat16:
+                new = stochastic_round(new, generator)
+            p.copy_(new)
         param.grad = None
     return norm
 

@@ -3138,13 +3138,8 @@ def test_micro_batches_hold_all_within_the_budget():
         Rollout([1] * rng.randint(1, 9), [1] * rng.randint(1, 9), "", False) for _ in range(50)
     ]
     for budget in (1, 20, 60, 10**6):
-<<<<<<< HEAD
         batches = list(soar.micro_batches(rollouts, range(5, 45), budget))
         assert sorted(i for batch in batches for i in batch) == list(range(5, 45))
-=======
-        batches = list(soar.micro_batches(rollouts, range(50), budget))
-        assert sorted(i for batch in batches for i in batch) == list(range(50))
->>>>>>> h-policy
         for batch in batches:
             padded = len(batch) * max(
                 len(rollouts[i].prompt) + len(rollouts[i].completion) for i in batch

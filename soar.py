@@ -3117,7 +3117,7 @@ LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def claim(folder: Path) -> Iterator[None]:
+def claim(folder: Path) -> Iterator:
     """Makes the folder, and keeps every other process out of it while the block runs.
 
     Two runs that write into one folder would both end well, with files that are a mixture. The
@@ -3232,7 +3232,7 @@ def save_model(model: nn.Module, tokenizer: object, folder: Path) -> None:
         temporary.rename(folder)
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable) -> None:
     """write(path), all or nothing: a run that is killed while writing leaves the old file.
 
     The temporary name is this process's own, since several runs may share one --cache. Raises
@@ -3259,7 +3259,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator:
     """Whatever goes wrong in the block is the disk's doing: full, read-only, gone -> UserError."""
     try:
         yield
@@ -3271,7 +3271,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def reading(path: Path, advice: str) -> Iterator[None]:
+def reading(path: Path, advice: str) -> Iterator:
     """Whatever goes wrong in the block means that our file is damaged -> UserError, with advice."""
     try:
         yield
@@ -3395,7 +3395,7 @@ def load_copy(source: tuple[str, Config], number: int) -> Policy:
 
 
 @contextlib.contextmanager
-def workers(policy: Policy, config: Config, jobs: int) -> Iterator[None]:
+def workers(policy: Policy, config: Config, jobs: int) -> Iterator:
     """The policy has workers while the block runs: torchrun's, or as many as `jobs` are worth.
 
     Where the block raises they are told nothing: they notice that process 0 ends, and end, too.
@@ -3507,17 +3507,20 @@ def serve_torchrun() -> bool:
 # main() is all that happens between a command line and an exit code, and run() is the order in
 # which the parts are called. Two rules stand behind the rest.
 #
-# Whoever waits must know for what. So the plan is printed before the work, with its cost and what
-# the columns of a step mean; each step prints a line, every fifth an example; and the end says what
-# came of it, and what to type next.
+# Whoever waits must know for what. So the plan is printed before the work, with its cost and the
+# meaning of each column; every step prints a line, and every fifth an example; and the end says
+# what came of it, and what to type next.
 #
-# A mistake costs seconds, not hours. So flags, folders, prompts, memory of the disk and the length
-# of the longest problem are checked before anything long begins; and a mistake that the user can
-# mend ends in one sentence that says how, while a traceback is always a bug of ours.
+# A mistake costs seconds, not hours. So flags, folders, the disk and the length of the longest
+# problem are checked before anything long begins; and what the user can mend is told in one
+# sentence, with exit code 2, that says what to do. A traceback is always a bug of ours.
 
 
 def main(argv: list[str]) -> int:
-    """Command line -> exit code."""
+    """Command line -> exit code: 0, 2 after a mistake of the user, 130 after Ctrl-C.
+
+    Under torchrun all processes come in here, and all but one leave at serve_torchrun().
+    """
     prepare_screen()
     meter = Meter()
 
@@ -3535,7 +3538,11 @@ def main(argv: list[str]) -> int:
 
 
 def run(config: Config, meter: Meter) -> None:
-    """Everything, from the flags to the closing tables. Raises UserError."""
+    """Everything, from the flags to the closing tables. Raises UserError.
+
+    With --resume all of it happens again, but the filter is read from the cache, and the outer loop
+    begins where the checkpoint was written.
+    """
     check_folder(config)
     folder = Path(config.out)
     with claim(folder):
@@ -3550,15 +3557,21 @@ def run(config: Config, meter: Meter) -> None:
                 f"{len(hard_train)} for the reward, {len(hard_test)} held out\n"
             )
             state = first_state(policy, hard_train, hard_test, config)
+            # It makes the folder a run: until now the same command works without --resume.
             write_json(folder / "config.json", vars(config))
             outer_loop(policy, hard_train, state, config)
+        # The student is there already: promote() has saved each that was the best so far.
         restore(policy.model, state.teacher)
         save_model(policy.model, policy.tokenizer, folder / "teacher")
         report(policy, hard_train, hard_test, state, config)
 
 
 def prepare(config: Config, meter: Meter) -> tuple[Policy, list[Problem]]:
-    """The policy and the pool of problems, for soar.py and eval.py. Raises UserError."""
+    """The policy and the pool of problems, for soar.py and eval.py. Raises UserError.
+
+    The pool depends on --data-seed and not on --seed, so that runs with different seeds can be
+    compared on the same problems.
+    """
     # What is cheap to check comes first, before anything is loaded: the device, the prompt files.
     choose_device(config)
     read_prompt(config.teacher_prompt, TEACHER_PROMPT)
@@ -3605,7 +3618,11 @@ def first_state(
 
 
 def outer_loop(policy: Policy, hard_train: list[Problem], state: State, config: Config) -> None:
-    """The outer steps that are left, each with its checkpoint and its line on the screen."""
+    """The outer steps that are left, each with its checkpoint and its line on the screen.
+
+    A step is printed when it is saved, so whoever has seen its line will not lose it. `cost` is the
+    one part of a row that differs from machine to machine.
+    """
     meter = policy.meter
     students = (config.steps - state.step) * students_a_step(config)
     meter.expect(students, "all outer steps", 1 + len(policy.workers))
@@ -3636,7 +3653,8 @@ def outer_loop(policy: Policy, hard_train: list[Problem], state: State, config: 
 def exit_code(program: str, body: Callable, meter: Meter, again: list[str]) -> int:
     """Runs body() -> 0; 2 after what the user can mend, told in one sentence; 130 after Ctrl-C.
 
-    `again` is the command that goes on where an interrupted one stopped.
+    `again` is the command that goes on where an interrupted one stopped. All other errors are
+    bugs, and end in a traceback. The meter knows in which phase the memory ran out.
     """
     command = shlex.join(again)
     code = 2
@@ -3667,6 +3685,7 @@ def is_out_of_memory(error: Exception) -> bool:
     """Of a CPU, and of memory that a CUDA library asked for, PyTorch says it in words only."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
+    # Other errors of CUDA are no lack of memory, and smaller batches would only hide them.
     words = "allocate memory|not enough memory|out of memory|ALLOC_FAILED"
     return re.search(words, str(error)) is not None
 
@@ -3691,7 +3710,10 @@ def check_disk(policy: Policy, folder: Path) -> None:
 
 
 def check_context(policy: Policy, pool: list[Problem], config: Config) -> None:
-    """Raises UserError when a prompt and its completion may not fit into the model's context."""
+    """Raises UserError when a prompt and its completion may not fit into the model's context.
+
+    Most models go on writing beyond it, only worse, and nothing else would tell.
+    """
     model = policy.model.config.get_text_config()
     context = getattr(model, "max_position_embeddings", None) or math.inf
     rope = getattr(model, "rope_parameters", None) or {}
@@ -3715,7 +3737,10 @@ def check_context(policy: Policy, pool: list[Problem], config: Config) -> None:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Of the GPU, or of this process on a CPU (0 where the system does not tell)."""
+    """The most memory so far, of the GPU or, on a CPU, of this process alone, without its workers.
+
+    0 where the system does not tell.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     with contextlib.suppress(ImportError):  # on Windows there is no such module
@@ -3813,6 +3838,7 @@ Defaults (in brackets) are the paper's; presets change only what they name:
 {presets_help()}""",
     )
     flags = parse_flags(parser, Config, FLAG_GROUPS, argv)
+    # The preset is chosen by the flags, and then overruled by them.
     preset = flags.get("preset", "auto")
     if preset == "auto":
         preset = "tiny" if flags.get("dataset", "tiny") == "tiny" else "class"
@@ -3849,7 +3875,7 @@ def check_values(config: Config) -> None:
 
 
 def students_a_step(config: Config) -> int:
-    """Jobs of an outer step: students, or datasets where none is trained."""
+    """Jobs of an outer step for share(): students, or datasets where none is trained."""
     K = config.teacher_batch * config.teacher_group
     return K * config.repeats if config.reward == "grounded" else K
 
@@ -3868,39 +3894,50 @@ def student_completions(config: Config, promotions: int, questions: int) -> int:
 
 
 def print_plan(pool: list[Problem], policy: Policy, config: Config) -> None:
-    """What is going to happen and what it costs, before it starts."""
+    """What is going to happen and what it costs, before it starts, and how to read the steps.
+
+    The figures are nearly always upper bounds: most problems leave the filter early, and most
+    completions end before their limit; promotions and rejected proposals add to them. What it
+    costs in time the meter says, when the first pieces are done.
+    """
     K = config.teacher_batch * config.teacher_group
     in_filter = len(pool) * config.fail_k
     in_step = student_completions(config, 0, config.reward_questions)
     by_students = in_filter + config.steps * in_step
     by_teacher = config.steps * K * config.n
+    completions = by_students + by_teacher
     tokens = by_students * config.student_tokens + by_teacher * config.teacher_tokens
     where = f"{policy.model.dtype} on {policy.model.device}".removeprefix("torch.")
     if config.dataset != "tiny" and config.device == "auto" and missing_gpu():
         where += f" (no GPU: {missing_gpu()})"
-    if config.reward == "grounded":
-        task = f"""{config.repeats} students train on each, for {config.inner_steps} steps of
-              {config.student_batch} x {config.student_group} completions (each promotion adds
-              {config.inner_extra} steps)"""
-        reward = """the share of the hard questions that a student gains by training on the
-                     teacher's problems, on average over the students; below zero it did harm"""
-    else:
+    size = f"{config.student_batch} x {config.student_group}"
+    task = f"{config.repeats} students train on each, {config.inner_steps} steps of {size}"
+    if config.reward == "learnability":
         task = f"the student, as it is, tries each problem {LEARNABILITY_SAMPLES} times"
-        reward = """1 - s, on average over the teacher's problems, where s is the share of right
-                     answers of the student, which does not train; 0 where s is 0"""
-    promotion = f"""above {config.tau:g} (tau) a student is promoted: it becomes the
-                     baseline, from which later students start and over which they must gain"""
-    if config.reward != "grounded" or not config.promotion or config.steps < config.window:
-        promotion = "nobody can be promoted in this run"
     print(f"""\
 SOAR on {config.dataset}: {len(pool)} problems, model {config.model}, {where}, folder {config.out}
   filter      keep the problems that the model fails {config.fail_k} times of {config.fail_k}:
               at most {in_filter:,} completions
   outer step  the teacher writes {K} datasets of {config.n} problems;
-              {task}: {in_step:,} in all
-  the run     {config.steps} outer steps: {by_teacher + by_students:,} completions,
-              at most {tokens:,} tokens
+              {task}: {in_step:,} student completions
+  in all      {config.steps} outer steps: {completions:,} completions, at most {tokens:,} tokens
+""")
+    print_columns(config)
 
+
+def print_columns(config: Config) -> None:
+    """What each column of a step's line says, in a run with these flags."""
+    reward = """the share of the hard questions that a student gains by training on the
+                     teacher's problems, on average over the students; below zero it did harm"""
+    if config.reward == "learnability":
+        reward = """1 - s, on average over the teacher's problems, where s is the share of right
+                     answers of the student, which does not train; 0 where s is 0"""
+    promotion = f"""above {config.tau:g} (tau) a student is promoted: it becomes the
+                     baseline, from which later students start (and train {config.inner_extra} steps
+                     longer), and over which they must gain"""
+    if config.reward == "learnability" or not config.promotion or config.steps < config.window:
+        promotion = "nobody can be promoted in this run"
+    print(f"""\
 What the columns of a step say:
   reward             {reward}
   best dataset       the largest mean reward of one dataset
@@ -3918,7 +3955,7 @@ PROMOTION = """\
 
 
 def print_step(row: dict, meter: Meter) -> None:
-    """A line about an outer step, and what its promotion means."""
+    """A line about an outer step, the columns of which print_plan explains, and its promotion."""
     best = max(np.mean(rewards) for rewards in row["rewards"])
     seconds = sum(row["cost"]["seconds"].values())
     print(
@@ -3933,7 +3970,10 @@ def print_step(row: dict, meter: Meter) -> None:
 
 
 def print_example(policy: Policy, state: State, config: Config) -> None:
-    """The teacher's last problem and the baseline student's greedy answer to it."""
+    """The teacher's last problem and the baseline student's greedy answer to it.
+
+    The verdict is that of the teacher's own answer, which may be wrong: so is the reward's.
+    """
     last = state.questions[-1]
     problem = Problem(last["question"], last["answer"])
     restore(policy.model, state.baseline)
@@ -3958,7 +3998,10 @@ def report(
     state: State,
     config: Config,
 ) -> None:
-    """Prints the closing tables and curves, and what to type next; writes report.json."""
+    """Prints the closing tables and curves, and what to type next; writes report.json.
+
+    eval.py reads the file: it refuses a split of the hard set, or weights, that are not the run's.
+    """
     students = report_students(policy, hard_test, state, config)
     topics = report_topics(policy, state, config) if config.dataset == "tiny" else {}
     print_curves(state.log)
@@ -3981,9 +4024,7 @@ def report(
     print_next_commands(config)
 
 
-def report_students(
-    policy: Policy, hard_test: list[Problem], state: State, config: Config
-) -> dict[str, dict[str, float]]:
+def report_students(policy: Policy, hard_test: list[Problem], state: State, config: Config) -> dict:
     """Prints how good the base model is, and the student that is kept -> {name: accuracies}."""
     restore(policy.model, policy.base)
     table = {"base model": measure(policy, hard_test, config)}
@@ -3998,9 +4039,10 @@ pass@k is the chance that at least one of k sampled answers is right:""")
     return table
 
 
-def report_topics(policy: Policy, state: State, config: Config) -> dict[str, dict[str, float]]:
+def report_topics(policy: Policy, state: State, config: Config) -> dict:
     """Of the tiny world's teacher: prints what it writes about -> {when: shares of the topics}."""
     table = {}
+    # Of 400 problems a share of one half has a standard error of 2.5 points.
     for when, weights in (("at the start", policy.base), ("at the end", state.teacher)):
         restore(policy.model, weights)
         generator = seeded(config.seed, "report topics")  # the same randomness for both
@@ -4009,14 +4051,16 @@ def report_topics(policy: Policy, state: State, config: Config) -> dict[str, dic
     print_table(table)
     before, after = [shares["products"] for shares in table.values()]
     print(f"""
-Only products teach the student something: sums it knows, ambiguous problems have no right
-answer. The teacher was told nothing but the rewards, and went from {before:.0%} to {after:.0%}
-products.""")
+Only products teach the student something: sums it knows, ambiguous problems have no right answer.
+The teacher was told nothing but the rewards. Its share of products went from {before:.0%} to \
+{after:.0%}.""")
     return table
 
 
-def measure(policy: Policy, problems: list[Problem], config: Config) -> dict[str, float]:
-    """Of the live model: greedy accuracy, and mean pass@k as far as --eval-samples allows."""
+def measure(policy: Policy, problems: list[Problem], config: Config) -> dict:
+    """Of the live model: {"greedy": accuracy, "pass@1": mean over the problems, ...}, as far as
+    --eval-samples allows. The same random numbers for all models: less noise in a difference.
+    """
     n = config.eval_samples
     right = right_counts(policy, problems, n, config, seeded(config.seed, "report"))
     accuracies = {"greedy": greedy_right(policy, problems, config).mean().item()}
@@ -4034,8 +4078,8 @@ def right_counts(
     return (rewards == RIGHT).view(-1, n).sum(1).tolist()
 
 
-def print_table(table: dict[str, dict[str, float]]) -> None:
-    """Prints {row: {column: share}}, in percent."""
+def print_table(table: dict) -> None:
+    """Prints {row: {column: share}} in percent; all rows have the same columns."""
     columns = next(iter(table.values()))
     print(" " * 18 + "".join(f"{column:>12}" for column in columns))
     for name, row in table.items():
@@ -4043,7 +4087,11 @@ def print_table(table: dict[str, dict[str, float]]) -> None:
 
 
 def print_curves(log: list[dict]) -> None:
-    """The teacher's reward, step by step and, in the tiny world, its share of products."""
+    """The teacher's reward, step by step and, in the tiny world, its share of products.
+
+    What to look for: the reward rises, and falls after a promotion, since the new baseline is
+    better. A line of one height says that nothing was learnt, or that it was all noise.
+    """
     letters = "▁▂▃▄▅▆▇█"
     try:
         letters.encode(sys.stdout.encoding or "ascii")
@@ -4057,7 +4105,7 @@ def print_curves(log: list[dict]) -> None:
     print(f"""
 reward    {curve}   from {low:+.2f} to {high:+.2f}, one letter a step
           {marks}   ^ promotion""")
-    if "topics" in log[0]:
+    if "topics" in log[0]:  # of the tiny world only
         shares = [row["topics"]["products"] for row in log]
         curve = bars(shares, 0.0, 1.0, letters)
         print(f"products  {curve}   from 0 to 100 % of the teacher's problems")
@@ -4074,7 +4122,10 @@ def bars(values: list[float], low: float, high: float, letters: str) -> str:
 
 
 def print_next_commands(config: Config) -> None:
-    """What to type next: it compares this run with what it must be compared with."""
+    """What to type next: it compares this run with what it must be compared with.
+
+    In the tiny world that is also a run whose teacher is paid for learnability.
+    """
     print("\nNext, to see what else trains a student, and how well:")
     folders = shlex.quote(config.out)
     if config.dataset == "tiny" and config.reward == "grounded" and config.promotion:

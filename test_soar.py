@@ -4151,6 +4151,16 @@ def test_the_plan_says_why_there_is_no_gpu(error, policy, monkeypatch, capsys):
     assert "float32 on cpu," in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("reward", ["grounded", "learnability"])
+def test_every_column_is_explained(reward, finished, capsys):
+    """A column of a step's line that the plan does not know, or calls by another name."""
+    soar.print_columns(small_config(reward=reward))
+    explained = re.findall(r"^  (\w+(?: \w+)*)  ", capsys.readouterr().out, re.MULTILINE)
+    soar.print_step(log_rows(finished)[0], soar.Meter())
+    line = capsys.readouterr().out
+    assert re.findall(r"  ([a-z ]+?) [ +-]*[\d.]+", line) == explained and len(explained) == 5
+
+
 def test_choose_dtype(monkeypatch):
     """bfloat16 on a T4, which emulates it at a quarter of the speed."""
     assert soar.choose_dtype("cpu") == torch.float32
@@ -5859,7 +5869,7 @@ def test_commands_in_the_readme(line):
     _, program, *argv = shlex.split(line.replace("$s", "0"))
     if "--benchmark" in argv:
         argv = [re.sub(r"[|].*|\[|\]", "", word) for word in argv]
-        soar.parse_flags(argparse.ArgumentParser(), eval_.Benchmark, argv)
+        soar.parse_flags(argparse.ArgumentParser(), eval_.Benchmark, {}, argv)
     elif program == "soar.py":
         if "--help" not in argv:
             soar.parse_config(argv)

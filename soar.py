@@ -3100,7 +3100,8 @@ def answers_equal(prediction: str, gold: str) -> bool:
 # processes in one folder, a --resume with other flags, and a damaged file that is taken for a
 # whole one. A damaged file is named and left alone: its owner may have a copy.
 
-# What --resume may change: where and how fast the run goes on, never what it computes.
+# What --resume may change: where and how fast the run goes on, not what it computes. (On another
+# device last bits differ, and with them the course of the run.)
 RESUMABLE = (
     "resume",
     "out",
@@ -3140,7 +3141,7 @@ def claim(folder: Path) -> Iterator:
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
                 raise UserError(
-                    f"another process is writing into {folder}; wait for it, or choose another"
+                    f"another process writes into {folder}; wait for it, or choose another folder"
                 ) from None
             print(f"(no locks on this file system: nothing else must write into {folder})")
         yield
@@ -3297,9 +3298,10 @@ def require(condition: bool) -> None:
 #
 # Workers come from multiprocessing, with a pipe to each, or from torchrun, which can also start
 # them on other machines. Process 0 sees no difference: a channel to a worker has send and recv.
-# What goes wrong in a worker is told by process 0, and none may outlive the other for long.
+# What goes wrong in a worker process 0 tells, and no worker outlives it.
 
-# All of them: some may be left over from another program, and a run would wait for nobody.
+# All of them: some may be left over from another program, and a single process would wait for
+# others that never come.
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID",
     "RANK",
@@ -3933,8 +3935,9 @@ def print_columns(config: Config) -> None:
         reward = """1 - s, on average over the teacher's problems, where s is the share of right
                      answers of the student, which does not train; 0 where s is 0"""
     promotion = f"""above {config.tau:g} (tau) a student is promoted: it becomes the
-                     baseline, from which later students start (and train {config.inner_extra} steps
-                     longer), and over which they must gain"""
+                     baseline, from which later students start and over which they must gain"""
+    if config.inner_extra:
+        promotion += f", in {config.inner_extra} more steps"
     if config.reward == "learnability" or not config.promotion or config.steps < config.window:
         promotion = "nobody can be promoted in this run"
     print(f"""\

@@ -332,19 +332,19 @@ def kind_of(config: Config) -> str:
 
 def read_rows(path: Path) -> list[dict]:
     """The rows of log.jsonl or questions.jsonl. Raises UserError."""
-    with soar.whole(path, "put a copy back, or make the run again"):
+    with soar.reading(path, "put a copy back, or make the run again"):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         needed = {"step", "promotion" if path.name == "log.jsonl" else "question"}
-        soar.demand(rows and all(needed <= row.keys() for row in rows))
+        soar.require(rows and all(needed <= row.keys() for row in rows))
     return rows
 
 
 def read_report(folder: Path) -> dict:
     """report.json of a run. Raises UserError."""
     path = folder / "report.json"
-    with soar.whole(path, "if another version of soar.py has made it, make the run again"):
+    with soar.reading(path, "if another version of soar.py has made it, make the run again"):
         report = json.loads(path.read_text(encoding="utf-8"))
-        soar.demand(
+        soar.require(
             {"hard_set", "steps", "promotions", "promotion_questions", "weights"} <= report.keys()
         )
     return report
@@ -397,7 +397,7 @@ def open_run(folder: Path, config: Config, settings: Settings) -> Run:
             )
     report = read_report(folder)
     train, test = soar.split_hard(soar.hard_problems(policy, pool, config), config)
-    if not left_out and report["hard_set"] != soar.hard_set_key(train, test):
+    if not left_out and report["hard_set"] != soar.fingerprint(train, test):
         raise UserError(
             f"the hard problems are no longer those of the run in {folder}: the file of problems, the prompt or the "
             "model has changed, or --device is of another kind; what SOAR trained on might be among the tests"
@@ -459,7 +459,7 @@ def remembered(run: Run, name: str, depends_on: tuple, work):
     path = remembered_path(run, name, depends_on)
     if not path.exists():
         soar.write_json(path, work())
-    with soar.whole(path, "delete it, and it is made again"):
+    with soar.reading(path, "delete it, and it is made again"):
         return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -625,9 +625,9 @@ def make_students(run: Run, methods: list[str], settings: Settings) -> dict[str,
         one.path.with_suffix(".pt").unlink(missing_ok=True)
     students = {method: [] for method in methods}
     for (method, _), one in orders.items():
-        with soar.whole(one.path, "delete it, and this student is made again"):
+        with soar.reading(one.path, "delete it, and this student is made again"):
             student = json.loads(one.path.read_text(encoding="utf-8"))
-            soar.demand(student.keys() == {"points", "reward", "rollouts"})
+            soar.require(student.keys() == {"points", "reward", "rollouts"})
             students[method].append(student)
     return students
 
@@ -644,7 +644,7 @@ def make_student(policy: Policy, test: list[Problem], settings: Settings, one: O
     steps, completions = len(one.batches), one.config.student_batch * one.config.student_group
     moments, result = None, {"points": [], "reward": [], "rollouts": steps * completions}
     if path.exists():
-        with soar.whole(path, "delete it and this student starts again"):
+        with soar.reading(path, "delete it and this student starts again"):
             weights, moments, result = torch.load(
                 path, weights_only=True, map_location=model.device
             ).values()
@@ -669,7 +669,7 @@ def make_student(policy: Policy, test: list[Problem], settings: Settings, one: O
         if step + 1 in stops:
             measure(step + 1)
             state = {"weights": soar.snapshot(model), "moments": moments, "result": result}
-            soar.write_whole(path, lambda file: torch.save(state, file))
+            soar.write_atomically(path, lambda file: torch.save(state, file))
 
     if not result["points"]:
         measure(0)
@@ -1346,10 +1346,10 @@ def write_results(
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    soar.print_anything()
+    soar.prepare_screen()
 
     def work():
-        if soar.has_served():
+        if soar.serve_torchrun():
             return None
         if "--benchmark" in argv:
             parser = argparse.ArgumentParser(
@@ -1391,7 +1391,7 @@ def main(argv: list[str] | None = None) -> int:
                 claims.enter_context(soar.claim(folder))
             evaluate(folders, methods, settings)
 
-    return soar.guarded("eval", work, Meter(), ["python", "eval.py", *argv])
+    return soar.exit_code("eval", work, Meter(), ["python", "eval.py", *argv])
 
 
 if __name__ == "__main__":

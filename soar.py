@@ -91,6 +91,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 from itertools import islice, pairwise
+from multiprocessing.connection import Connection
 from operator import add, mul
 from pathlib import Path
 
@@ -1901,12 +1902,12 @@ def hard_problems(policy: Policy, pool: list[Problem], config: Config) -> list[P
     done = 0
     hard = []  # numbers of problems in the pool
     if path.exists():
-        with whole(path, "delete it and the filter starts again"):
+        with reading(path, "delete it and the filter starts again"):
             saved = json.loads(path.read_text(encoding="utf-8"))
             done = saved["done"]
             hard = saved["hard"]
-            demand(hard == sorted(set(hard)))
-            demand(all(0 <= i < min(done, len(pool)) for i in hard))
+            require(hard == sorted(set(hard)))
+            require(all(0 <= i < min(done, len(pool)) for i in hard))
     starts = range(done, len(pool), FILTER_PART)
     policy.meter.expect(len(starts), "the filter", 1 + len(policy.workers))
     jobs = [(start,) for start in starts]
@@ -2474,7 +2475,7 @@ def harp_rows(cache: str) -> list[dict]:
     with urllib.request.urlopen(HARP_URL, timeout=60) as reply:
         archive = reply.read()
     rows = unzip_rows(archive, f"the download of {HARP_URL}", f"try again, or save it as {path}")
-    write_whole(path, lambda file: file.write_bytes(archive))
+    write_atomically(path, lambda file: file.write_bytes(archive))
     return rows
 
 
@@ -3229,9 +3230,17 @@ def answers_equal(prediction: str, gold: str) -> bool:
 
 # ======== 14. The run folder: how does a run survive being killed? ================================
 
-# The state is written after each outer step, and holds all that the next one needs. A run that is killed in between repeats
-# the step from the last checkpoint and, all randomness being a function of (seed, step), writes the same files again.
+# A run takes minutes, or weeks, and whatever stops it (Ctrl-C, a full disk, the end of a job's
+# time) must not cost more than one step. So the State is written after each outer step, and holds
+# all that the next one needs. A run that is killed in between repeats the step from the last
+# checkpoint and, all randomness being a function of (seed, step), writes the same files again.
+#
+# Four things would spoil that silently, and are prevented here: a file that is half written, two
+# processes in one folder, a --resume with other flags, and a damaged file that is taken for a
+# whole one. A damaged file is named and left alone: its owner may have a copy.
 
+# What --resume may change: where and how fast the run goes on, not what it computes. (On another
+# device last bits differ, and with them the course of the run.)
 RESUMABLE = (
     "resume",
     "out",
@@ -3242,17 +3251,18 @@ RESUMABLE = (
     "processes",
     "cache",
     "device",
-)  # may differ then
+)
 
 LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def claim(folder: Path):
-    """Keeps every other process out of the folder. Raises UserError when there is one in it.
+def claim(folder: Path) -> Iterator:
+    """Makes the folder, and keeps every other process out of it while the block runs.
 
-    Two runs that write into one folder would both end well, with files that are a mixture. The system drops the lock
-    when the process ends, however it ends, so a killed run leaves nothing to clean up.
+    Two runs that write into one folder would both end well, with files that are a mixture. The
+    system drops the lock when the process ends, however it ends, so a killed run leaves nothing to
+    clean up. Raises UserError where another process is in there.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -3270,123 +3280,103 @@ def claim(folder: Path):
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
                 raise UserError(
-                    f"another process is writing into {folder}; wait for it, or choose another folder"
+                    f"another process writes into {folder}; wait for it, or choose another folder"
                 ) from None
-            print(
-                f"(no locks on this file system: nothing else must write into {folder})", flush=True
-            )
+            print(f"(no locks on this file system: nothing else must write into {folder})")
         yield
 
 
-def check_writable(path: Path, name: str) -> None:
-    """Makes a folder where there is none. Raises UserError where nothing can be written."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise UserError(
-            f"cannot write into the folder {path} ({error.strerror}); choose another {name}"
-        ) from None
-
-
-def saved_config(folder: Path) -> Config:
-    """The flags that a run was made with. Raises UserError when they are damaged or not those of this soar.py."""
-    path = folder / "config.json"
-    with whole(
-        path,
-        "if another version of soar.py has made it, make the run again, or choose another folder",
-    ):
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        kinds = {name: type(value) for name, value in vars(Config()).items()}
-        demand({name: type(value) for name, value in saved.items()} == kinds)
-    return Config(**saved)
-
-
 def check_folder(config: Config) -> None:
-    """Raises UserError when --out holds something that this command must not touch or cannot continue."""
+    """Raises UserError when --out holds what this command must not touch or cannot continue."""
     folder = Path(config.out)
-    check_writable(folder, "--out")
+    check_writable(folder)
     begun = [file for file in folder.iterdir() if file.name != LOCK]
     if begun and not (folder / "config.json").is_file():
         raise UserError(f"{folder} exists and is not a run of soar.py; choose another --out")
-    check_writable(Path(config.cache), "--cache")
+    check_writable(Path(config.cache))
     if not begun:
         if config.resume:
             print(f"{folder} holds no run yet: this one begins at its beginning")
         return
     if not config.resume:
         raise UserError(
-            f"{folder} already holds a run; add --resume to continue it, or choose another --out or --seed"
+            f"{folder} already holds a run; add --resume to continue it, or choose another --out"
         )
-    old = vars(saved_config(folder))
-    other = [
-        f"{flag(name)} {old[name]}"
-        for name, value in vars(config).items()
-        if name not in RESUMABLE and old[name] != value
-    ]
+    saved = vars(saved_config(folder))
+    other = []
+    for name, value in vars(config).items():
+        if name not in RESUMABLE and saved[name] != value:
+            other.append(f"{flag(name)} {saved[name]}")
     if other:
         raise UserError(
-            f"{folder} was made with other flags ({', '.join(other)}); give the same ones, or choose another --out"
+            f"the run in {folder} was made with {', '.join(other)}; give the same flags, "
+            "or choose another --out"
         )
-    log = (
-        folder / "log.jsonl"
-    )  # written just before the checkpoint, so after the first step it can stand alone
-    if (
-        not (folder / "checkpoint.pt").exists()
-        and log.exists()
-        and log.read_bytes().count(b"\n") > 1
-    ):
+    # The log is written just before the checkpoint: after the first step it may stand alone.
+    log = folder / "log.jsonl"
+    rows = log.read_bytes().count(b"\n") if log.exists() else 0
+    if rows > 1 and not (folder / "checkpoint.pt").exists():
         raise UserError(
-            f"{folder} has lost its checkpoint.pt; put a copy back, or start again with another --out"
+            f"{folder} has lost its checkpoint.pt; put a copy back, or choose another --out"
         )
+
+
+def check_writable(path: Path) -> None:
+    """Makes a folder where there is none. Raises UserError where nothing can be written."""
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+
+
+def saved_config(folder: Path) -> Config:
+    """The flags that a run was made with. Raises UserError unless they are this soar.py's."""
+    path = folder / "config.json"
+    with reading(path, "if another version of soar.py has made it, make the run again"):
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        found = {name: type(value) for name, value in saved.items()}
+        require(found == {name: type(value) for name, value in vars(Config()).items()})
+    return Config(**saved)
 
 
 def save_checkpoint(folder: Path, state: State) -> None:
-    """There is always one whole checkpoint; the .jsonl files are written anew from it."""
+    """Writes the .jsonl files anew, and then the checkpoint, each of them all or nothing.
+
+    A run that is killed between them repeats its step, and writes the same lines once more.
+    """
     for name in ("log", "questions", "promotion_questions"):
-        if text := "".join(json.dumps(row) + "\n" for row in getattr(state, name)):
-            write_text(folder / f"{name}.jsonl", text)
-    write_whole(folder / "checkpoint.pt", lambda file: torch.save(vars(state), file))
+        lines = [json.dumps(row) + "\n" for row in getattr(state, name)]
+        if lines:
+            write_text(folder / f"{name}.jsonl", "".join(lines))
+    write_atomically(folder / "checkpoint.pt", lambda file: torch.save(vars(state), file))
 
 
 def load_checkpoint(folder: Path) -> State | None:
     """The state after the last complete step, or None. Raises UserError when it is damaged."""
     path = folder / "checkpoint.pt"
-    if path.exists():
-        with whole(path, "put a copy back, or start again with another --out"):
-            with zipfile.ZipFile(
-                path
-            ) as parts:  # the format of torch.save, whose checksums torch.load does not read
-                demand(parts.testzip() is None)
-            return State(**torch.load(path, weights_only=True))
+    if not path.exists():
+        return None
+    with reading(path, "put a copy back, or start again with another --out"):
+        # torch.save writes a zip file, with checksums that torch.load does not look at.
+        with zipfile.ZipFile(path) as archive:
+            require(archive.testzip() is None)
+        return State(**torch.load(path, weights_only=True))
 
 
-def save_model(model, tokenizer, folder: Path) -> None:
-    """An ordinary folder for from_pretrained, all or nothing."""
+def save_model(model: nn.Module, tokenizer: object, folder: Path) -> None:
+    """Writes an ordinary folder for from_pretrained, all or nothing. Raises UserError."""
     temporary = folder.with_name(folder.name + ".tmp")
     with writing(folder):
-        for part in (model, tokenizer):
-            part.save_pretrained(temporary)
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
 
 
-@contextlib.contextmanager
-def writing(path: Path):
-    """Whatever goes wrong while we write is the disk's doing: full, read-only, gone. Raises UserError."""
-    try:
-        yield
-    except Exception as error:  # torch and safetensors have their own kinds for a full disk
-        raise UserError(
-            f"cannot write {path} ({first_line(error)}); free some space or mend the folder, then give the same "
-            "command again (soar.py: with --resume), and it goes on from what is saved"
-        ) from None
+def write_atomically(path: Path, write: Callable) -> None:
+    """write(path), all or nothing: a run that is killed while writing leaves the old file.
 
-
-def write_whole(path: Path, write) -> None:
-    """write(path), all or nothing: a run that is killed while writing leaves the old file. Raises UserError.
-
-    The temporary name is this process's own, since several runs may share one --cache.
+    The temporary name is this process's own, since several runs may share one --cache. Raises
+    UserError.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with writing(path):
@@ -3399,36 +3389,58 @@ def write_whole(path: Path, write) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
+    """Writes a text file, all or nothing. Raises UserError."""
+    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
-def write_json(path: Path, value) -> None:
+def write_json(path: Path, value: object) -> None:
+    """Writes a value as JSON, all or nothing. Raises UserError."""
     write_text(path, json.dumps(value, indent=1))
 
 
 @contextlib.contextmanager
-def whole(path: Path, advice: str):
-    """Whatever goes wrong while a file of ours is read means that it is damaged. Raises UserError."""
+def writing(path: Path) -> Iterator:
+    """Whatever goes wrong in the block is the disk's doing: full, read-only, gone -> UserError."""
+    try:
+        yield
+    except Exception as error:  # torch and safetensors have their own kinds for a full disk
+        raise UserError(
+            f"cannot write {path} ({first_line(error)}); free some space, or choose another --out "
+            "or --cache; the same command (soar.py: with --resume) goes on from what is saved"
+        ) from None
+
+
+@contextlib.contextmanager
+def reading(path: Path, advice: str) -> Iterator:
+    """Whatever goes wrong in the block means that our file is damaged -> UserError, with advice."""
     try:
         yield
     except Exception:  # torch.load alone raises a dozen kinds
         raise UserError(f"{path} is damaged; {advice}") from None
 
 
-def demand(condition: bool) -> None:
-    """Within whole(): what a file of ours must fulfil. (An assert would vanish under python -O.)"""
+def require(condition: bool) -> None:
+    """Within reading(): what our file must fulfil. (An assert would vanish under python -O.)"""
     if not condition:
         raise ValueError
 
 
 # ======== 15. Many processes: how are all cores, or all GPUs, put to work? ========================
 
-# Process 0 runs the program. The others have a model of their own and wait for jobs: students, parts of the filter,
-# students of eval.py, which are long and do not need each other. What is short process 0 does alone: so there is one
-# teacher, one baseline and one log. A job is a function of its arguments, never of the jobs before it; so any number of
-# processes comes to the same numbers, to the last bit where the hardware computes the same twice.
+# Nearly all the time goes into students, and these do not need each other. So process 0 runs the
+# program, and the others, its workers, have a model of their own and wait for jobs: students, parts
+# of the filter, fresh students of eval.py. What is short process 0 does itself; so there is one
+# teacher, one baseline and one log, and no gradient ever travels.
+#
+# A job is a function of its arguments, never of the jobs before it. So any number of processes
+# comes to the same numbers, to the last bit where the hardware computes the same twice.
+#
+# Workers come from multiprocessing, with a pipe to each, or from torchrun, which can also start
+# them on other machines. Process 0 sees no difference: a channel to a worker has send and recv.
+# What goes wrong in a worker process 0 tells, and no worker outlives it.
 
-# Some of these variables may be left over from another program.
+# All of them: some may be left over from another program, and a single process would wait for
+# others that never come.
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID",
     "RANK",
@@ -3436,7 +3448,6 @@ TORCHRUN = {
     "WORLD_SIZE",
     "MASTER_ADDR",
 } <= os.environ.keys()
-
 RANK = int(os.environ["RANK"]) if TORCHRUN else 0
 
 
@@ -3450,46 +3461,50 @@ def share(
 ) -> Iterator:
     """Yields task(policy, *common, *job) for each job, in their order.
 
-    Each goes to the process that has least to do so far: with jobs of one cost, job i to process
-    i mod N. A title means a progress bar, and that the meter counts the jobs. Raises what a task
-    raises, and UserError where another process has died.
+    Each job goes to the process that has least to do so far: with jobs of one cost, job i to
+    process i mod N. A title means a progress bar, and that the meter counts the jobs. Raises what
+    a task raises, and UserError where a worker has died.
     """
-    load = [0.0] * (1 + len(policy.workers))
-    lists = [[] for _ in load]  # jobs by process
-    owners = []
-    for job, cost in zip(jobs, costs or [1.0] * len(jobs), strict=True):
+    load = [0.0] * (1 + len(policy.workers))  # of each process; 0 is this one
+    owners = []  # of each job
+    for cost in costs or [1.0] * len(jobs):
         owner = load.index(min(load))
         owners.append(owner)
-        lists[owner].append(job)
         load[owner] += cost
-    for worker, its_jobs in zip(policy.workers, lists[1:]):
+    # All get their jobs before process 0 begins with its own.
+    for number, worker in enumerate(policy.workers, start=1):
+        its_jobs = [job for job, owner in zip(jobs, owners) if owner == number]
         reach(worker.send, (policy.source, task, common, its_jobs))
-    bar = tqdm(zip(jobs, owners), title, len(jobs), leave=False, disable=None if title else True)
-    for job, owner in bar:
+    hidden = None if title else True  # None: shown on a terminal only
+    pairs = zip(jobs, owners, strict=True)
+    for job, owner in tqdm(pairs, title, len(jobs), leave=False, disable=hidden):
         if owner == 0:
             result = task(policy, *common, *job)
         else:
             result = reach(policy.workers[owner - 1].recv)
-        if isinstance(result, Exception):  # what the job has raised there
+        if isinstance(result, Exception):  # which the task has raised there
             raise result
         if title:
             policy.meter.advance()
         yield result
 
 
-def reach(send_or_recv, *message):
-    """Speaks with another process. Raises UserError when it has died."""
+def reach(send_or_recv: Callable, *message: tuple) -> object:
+    """Speaks with a worker. Raises UserError when it has died."""
     try:
         return send_or_recv(*message)
     except (EOFError, OSError, RuntimeError):  # of pipes, and of torch.distributed
         raise UserError(
-            "another process of this run has died, perhaps for lack of memory; go on with --resume and with "
-            "fewer --processes"
+            "another process of this run has died, perhaps for lack of memory; "
+            "go on with --resume and with fewer --processes"
         ) from None
 
 
-def serve(channel, number: int) -> None:
-    """The life of the other processes: do jobs and send each result back, until None comes."""
+# -- A worker's life. A channel is one end of a pipe, or a Remote (below).
+
+
+def serve(channel: Connection | Remote, number: int) -> None:
+    """Does jobs and sends each result, or what it raised, until None comes in place of jobs."""
     sys.stdout = sys.stderr = open(os.devnull, "w")  # only process 0 speaks
     quiet_libraries()
     policy = None
@@ -3498,42 +3513,106 @@ def serve(channel, number: int) -> None:
         for job in jobs:
             try:
                 if policy is None or policy.source != source:
-                    policy = load_for(source, number)
+                    policy = load_copy(source, number)
                 result = task(policy, *common, *job)
-            except Exception as error:  # process 0 tells it
+            except Exception as error:
                 result = error
             channel.send(result)
 
 
-def load_for(source: tuple[str, Config], number: int) -> Policy:
-    """The model of process 0 on this process's device."""
+def load_copy(source: tuple[str, Config], number: int) -> Policy:
+    """The policy of process 0 once more, on GPU `number` where process 0 is on a GPU."""
     path, config = source
     if config.threads:
         torch.set_num_threads(config.threads)
-    policy = load_policy(
-        path, dataclasses.replace(config, device=device_of(config, number)), Meter()
-    )
+    if config.device in ("auto", "cuda") and torch.cuda.is_available():
+        config = dataclasses.replace(config, device=f"cuda:{number}")
+    policy = load_policy(path, config, Meter())
     policy.source = source
     return policy
 
 
-def device_of(config: Config, number: int) -> str:
-    if config.device in ("auto", "cuda") and torch.cuda.is_available():
-        return f"cuda:{number}"
-    return config.device
+# -- How workers start and end.
 
 
-def start_serving(channel, number: int) -> None:
-    """serve() in a process that process 0 has started; it ends with process 0, even if that is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for process 0
+@contextlib.contextmanager
+def workers(policy: Policy, config: Config, jobs: int) -> Iterator:
+    """The policy has workers while the block runs: torchrun's, or as many as `jobs` are worth.
 
-    def watch():
+    Where the block raises they are told nothing: they notice that process 0 ends, and end, too.
+    """
+    if TORCHRUN:
+        policy.workers = [Remote(rank) for rank in range(1, dist.get_world_size())]
+    else:
+        count = process_count(policy, config, jobs)
+        policy.workers = [start_worker(number) for number in range(1, count)]
+    yield
+    for worker in policy.workers:
+        with contextlib.suppress(OSError, RuntimeError):
+            worker.send(None)
+
+
+def start_worker(number: int) -> Connection:
+    """Starts a process on this machine -> the channel to it."""
+    # "spawn", because a forked process cannot use a GPU that this one has touched.
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    # Ctrl-C is for process 0. The child inherits that it is ignored, also while it starts.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    context.Process(target=local_worker, args=(theirs, number), daemon=True).start()
+    signal.signal(signal.SIGINT, before)
+    theirs.close()  # only the worker has it now: if it dies, recv() says so
+    return ours
+
+
+def local_worker(channel: Connection, number: int) -> None:
+    """serve() in a process that start_worker has started, which ends with process 0."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def end_with_parent() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    # In the middle of a job nobody listens to the channel; and process 0 may have been killed.
+    threading.Thread(target=end_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError, OSError):
         serve(channel, number)
+
+
+def process_count(policy: Policy, config: Config, jobs: int) -> int:
+    """--processes, or by default on CPUs one a core, as far as jobs and memory go.
+
+    On GPUs the default is one, since other cards may be somebody else's. Raises UserError when
+    there are too few GPUs.
+    """
+    kind = policy.model.device.type
+    cards = torch.cuda.device_count()
+    if kind == "cuda" and config.processes > cards:
+        raise UserError(
+            f"--processes {config.processes}: one process needs one GPU, and there are {cards}"
+        )
+    if config.processes:
+        return config.processes
+    if kind != "cpu":
+        return 1
+    # On Linux those that this process may use.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # Two copies of the weights, base weights, gradients and moments are 24 bytes a weight;
+    # activations come on top. Half of the free memory stays free.
+    memory = 0.6e9 + 40 * sum(w.numel() for w in policy.base)
+    return int(max(1, min(cores, jobs, free_memory() / 2 // memory)))
+
+
+def free_memory() -> float:
+    """Bytes; where the system does not tell, what any computer has to spare."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                return 1024.0 * int(line.split()[1])
+    return 4e9
+
+
+# -- torchrun starts all processes itself, each as `soar.py` with a RANK of its own.
 
 
 class Remote:
@@ -3542,83 +3621,279 @@ class Remote:
     def __init__(self, rank: int):
         self.rank = rank
 
-    def send(self, value) -> None:
+    def send(self, value: object) -> None:
         dist.send_object_list([value], dst=self.rank)
 
-    def recv(self):
+    def recv(self) -> object:
         box = [None]
         dist.recv_object_list(box, src=self.rank)
         return box[0]
 
 
-def has_served() -> bool:
-    """Joins the processes of torchrun. All but process 0 do their jobs in here, and then have nothing left to do."""
+def serve_torchrun() -> bool:
+    """Joins the processes of torchrun, if there are any. All but process 0 serve in here.
+
+    -> whether this process was such a worker, and has nothing left to do.
+    """
     if TORCHRUN:
-        dist.init_process_group(
-            "gloo", timeout=datetime.timedelta(days=1)
-        )  # a student can take long
+        patience = datetime.timedelta(days=1)  # a student can take long
+        dist.init_process_group("gloo", timeout=patience)
     if RANK:
         serve(Remote(0), int(os.environ["LOCAL_RANK"]))
     return RANK > 0
 
 
-@contextlib.contextmanager
-def workers(policy: Policy, config: Config, jobs: int):
-    """The other processes, for as long as the block lasts: those of torchrun, or as many as pay for so many jobs."""
-    if TORCHRUN:
-        policy.workers = [Remote(rank) for rank in range(1, int(os.environ["WORLD_SIZE"]))]
-    else:
-        policy.workers = [
-            started(number) for number in range(1, process_count(policy, config, jobs))
-        ]
-    yield
-    for worker in policy.workers:
-        with contextlib.suppress(OSError, RuntimeError):
-            worker.send(None)
-
-
-def started(number: int):
-    """A new process on this machine -> the channel to it."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    before = signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # so that Ctrl-C does not reach it while it starts, either
-    context.Process(target=start_serving, args=(theirs, number), daemon=True).start()
-    signal.signal(signal.SIGINT, before)
-    theirs.close()  # only the other process has it now: if that dies, recv() says so
-    return ours
-
-
-def process_count(policy: Policy, config: Config, jobs: int) -> int:
-    """--processes, or: on CPUs one a core, as far as there are jobs and half of the free memory holds; on GPUs one, since
-    other cards may be somebody else's. Raises UserError when there are too few GPUs."""
-    kind, cards = policy.model.device.type, torch.cuda.device_count()
-    if kind == "cuda" and config.processes > cards:
-        raise UserError(
-            f"--processes {config.processes}: one process needs one GPU, and there are {cards}"
-        )
-    if config.processes or kind != "cpu":
-        return max(1, config.processes)
-    cores = os.cpu_count()
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    # Two copies of the weights, base weights, gradients and moments are 24 bytes a weight; activations come on top.
-    memory = 0.6e9 + 40 * sum(w.numel() for w in policy.base)
-    return int(max(1, min(cores, jobs, free_memory() / 2 // memory)))
-
-
-def free_memory() -> float:
-    """Bytes; where the system does not tell, what any computer has to spare."""
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024.0 * int(
-            next(line for line in lines if line.startswith("MemAvailable")).split()[1]
-        )
-    return 4e9
-
-
 # ======== 16. Flags and main: what does a person type, and see? ===================================
+
+# main() is all that happens between a command line and an exit code, and run() is the order in
+# which the parts are called. Two rules stand behind the rest.
+#
+# Whoever waits must know for what. So the plan is printed before the work, with its cost and the
+# meaning of each column; every step prints a line, and every fifth an example; and the end says
+# what came of it, and what to type next.
+#
+# A mistake costs seconds, not hours. So flags, folders, the disk and the length of the longest
+# problem are checked before anything long begins; and what the user can mend is told in one
+# sentence, with exit code 2, that says what to do. A traceback is always a bug of ours.
+
+
+def main(argv: list[str]) -> int:
+    """Command line -> exit code: 0, 2 after a mistake of the user, 130 after Ctrl-C.
+
+    Under torchrun all processes come in here, and all but one leave at serve_torchrun().
+    """
+    prepare_screen()
+    meter = Meter()
+
+    def body() -> None:
+        if serve_torchrun():  # this process was a worker, and is done
+            return
+        config = parse_config(argv)
+        quiet_libraries()
+        run(config, meter)
+
+    again = ["python", "soar.py", *argv]
+    if "--resume" not in argv:
+        again.append("--resume")
+    return exit_code("soar", body, meter, again)
+
+
+def run(config: Config, meter: Meter) -> None:
+    """Everything, from the flags to the closing tables. Raises UserError.
+
+    With --resume all of it happens again, but the filter is read from the cache, and the outer loop
+    begins where the checkpoint was written.
+    """
+    check_folder(config)
+    folder = Path(config.out)
+    with claim(folder):
+        policy, pool = prepare(config, meter)
+        check_disk(policy, folder)
+        print_plan(pool, policy, config)
+        with workers(policy, config, students_a_step(config)):
+            hard = hard_problems(policy, pool, config)
+            hard_train, hard_test = split_hard(hard, config)
+            print(
+                f"{len(hard)} of {len(pool)} problems are fail@{config.fail_k}: "
+                f"{len(hard_train)} for the reward, {len(hard_test)} held out\n"
+            )
+            state = first_state(policy, hard_train, hard_test, config)
+            # It makes the folder a run: until now the same command works without --resume.
+            write_json(folder / "config.json", vars(config))
+            outer_loop(policy, hard_train, state, config)
+        # The student is there already: promote() has saved each that was the best so far.
+        restore(policy.model, state.teacher)
+        save_model(policy.model, policy.tokenizer, folder / "teacher")
+        report(policy, hard_train, hard_test, state, config)
+
+
+def prepare(config: Config, meter: Meter) -> tuple[Policy, list[Problem]]:
+    """The policy and the pool of problems, for soar.py and eval.py. Raises UserError.
+
+    The pool depends on --data-seed and not on --seed, so that runs with different seeds can be
+    compared on the same problems.
+    """
+    # What is cheap to check comes first, before anything is loaded: the device, the prompt files.
+    choose_device(config)
+    read_prompt(config.teacher_prompt, TEACHER_PROMPT)
+    read_prompt(config.student_prompt, STUDENT_PROMPT, "{problem}")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.dataset == "tiny":
+        pool = hard_worksheets(make_world(config.data_seed), config.pool, config.data_seed)
+        model = tiny_base_model(config)
+    else:
+        pool = load_problems(config.dataset, config.cache)
+        if 0 < config.pool < len(pool):
+            pool = random.Random(f"pool {config.data_seed}").sample(pool, config.pool)
+        model = config.model
+    policy = load_policy(model, config, meter)
+    check_context(policy, pool, config)
+    return policy, pool
+
+
+def first_state(
+    policy: Policy, hard_train: list[Problem], hard_test: list[Problem], config: Config
+) -> State:
+    """Where the run begins, or goes on. Raises UserError when it would go on with other inputs.
+
+    Flags alone do not tell: the file behind a flag may have changed since the run began, and what
+    was trained on would be among the tests.
+    """
+    inputs = fingerprint(
+        weights_key(policy.base),
+        policy.teacher_prompt(),
+        policy.student_prompt(Problem("", "")),
+        hard_train,
+        hard_test,
+    )
+    state = load_checkpoint(Path(config.out))
+    if state is None:
+        return State(policy.base, adamw_state(policy.model, "cpu"), policy.base, inputs)
+    if state.inputs != inputs:
+        raise UserError(
+            f"the run in {config.out} began with another model, other prompts or other problems: "
+            "has a file changed? Put it back, or choose another --out"
+        )
+    return state
+
+
+def outer_loop(policy: Policy, hard_train: list[Problem], state: State, config: Config) -> None:
+    """The outer steps that are left, each with its checkpoint and its line on the screen.
+
+    A step is printed when it is saved, so whoever has seen its line will not lose it. `cost` is the
+    one part of a row that differs from machine to machine.
+    """
+    meter = policy.meter
+    students = (config.steps - state.step) * students_a_step(config)
+    meter.expect(students, "all outer steps", 1 + len(policy.workers))
+    while state.step < config.steps:
+        meter("other")
+        meter.seconds.clear()
+        meter.tokens.clear()
+        row = outer_step(policy, hard_train, state, config)
+        meter("saving")
+        training = meter.seconds["training"] or math.inf  # no time: nothing was trained
+        row["cost"] = {
+            "seconds": dict(meter.seconds),
+            "peak_memory_gb": peak_memory_gb(policy.model.device),
+            "tokens_per_second": {
+                "sampled": meter.tokens["sampled"] / meter.seconds["sampling"],
+                "trained": meter.tokens["trained"] / training,
+            },
+        }
+        save_checkpoint(Path(config.out), state)
+        print_step(row, meter)
+        if row["step"] % 5 == 0:
+            print_example(policy, state, config)
+
+
+# -- How it ends: an exit code and, where something is wrong, one sentence.
+
+
+def exit_code(program: str, body: Callable, meter: Meter, again: list[str]) -> int:
+    """Runs body() -> 0; 2 after what the user can mend, told in one sentence; 130 after Ctrl-C.
+
+    `again` is the command that goes on where an interrupted one stopped. All other errors are
+    bugs, and end in a traceback. The meter knows in which phase the memory ran out.
+    """
+    command = shlex.join(again)
+    code = 2
+    try:
+        body()
+        return 0
+    except UserError as error:
+        sentence = error
+    except BrokenPipeError:  # as in `soar.py | head`
+        sys.stdout = open(os.devnull, "w")  # or Python's own last flush would fail once more
+        sentence = f"nobody reads what it prints any more, so it has stopped; go on with: {command}"
+    except KeyboardInterrupt:
+        code = 130  # 128 + SIGINT, as shells have it
+        sentence = f"interrupted; all complete steps are saved, go on with: {command}"
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        sentence = (
+            f"out of memory (phase: {meter.phase}); in sampling lower --sample-tokens, in training "
+            "lower --micro-tokens or add --checkpointing, else take a smaller --model; "
+            f"go on with: {command}"
+        )
+    print(f"{program}: {sentence}", file=sys.stderr, flush=True)
+    return code
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Of a CPU, and of memory that a CUDA library asked for, PyTorch says it in words only."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    # Other errors of CUDA are no lack of memory, and smaller batches would only hide them.
+    words = "allocate memory|not enough memory|out of memory|ALLOC_FAILED"
+    return re.search(words, str(error)) is not None
+
+
+def check_disk(policy: Policy, folder: Path) -> None:
+    """Raises UserError when the run's files cannot fit on the disk.
+
+    These are two checkpoints side by side (teacher, baseline and float32 moments), since the old
+    one stays until the new one is written, and the saved teacher and student, one of them twice.
+    """
+    weights = sum(w.numel() for w in policy.base)
+    size = policy.base[0].element_size()  # bytes a weight
+    needed = weights * (2 * (2 * size + 8) + 3 * size) / 1e9
+    free = shutil.disk_usage(folder).free / 1e9
+    if needed > 1:
+        print(f"The run needs up to {needed:.0f} GB of the disk; {free:.0f} GB are free.\n")
+    if needed > free:
+        raise UserError(
+            f"the run needs up to {needed:.1f} GB in {folder}, and {free:.1f} GB are free; "
+            "free some space, or choose an --out on another disk"
+        )
+
+
+def check_context(policy: Policy, pool: list[Problem], config: Config) -> None:
+    """Raises UserError when a prompt and its completion may not fit into the model's context.
+
+    Most models go on writing beyond it, only worse, and nothing else would tell.
+    """
+    model = policy.model.config.get_text_config()
+    context = getattr(model, "max_position_embeddings", None) or math.inf
+    rope = getattr(model, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        # Beyond this length it turns by other angles, and the cache holds the first ones.
+        context = min(context, rope.get("original_max_position_embeddings") or context)
+    lengths = [len(policy.student_prompt(problem)) for problem in pool]
+    longest = pool[lengths.index(max(lengths))].question[:60]
+    empty = len(policy.student_prompt(Problem("", "")))
+    needed = {
+        f"the problem that begins {longest!r}": max(lengths) + config.student_tokens,
+        "the teacher's prompt": len(policy.teacher_prompt()) + config.teacher_tokens,
+        "a problem of --teacher-tokens": empty + config.teacher_tokens + config.student_tokens,
+    }
+    for what, tokens in needed.items():
+        if tokens > context:
+            raise UserError(
+                f"{what} needs {tokens} tokens with its completion, and the model's context has "
+                f"{context}; lower --student-tokens or --teacher-tokens, or leave long problems out"
+            )
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory so far, of the GPU or, on a CPU, of this process alone, without its workers.
+
+    0 where the system does not tell.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    with contextlib.suppress(ImportError):  # on Windows there is no such module
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (1e9 if sys.platform == "darwin" else 1e6)  # bytes on a Mac, else kilobytes
+    return 0.0
+
+
+# -- Flags. Every field of Config is one, so what is added there needs nothing here, unless zero is
+# a bad value for it.
 
 # For which machine a preset is: its memory is counted with every completion at its limit.
 MACHINES = {
@@ -3628,7 +3903,8 @@ MACHINES = {
     "paper": "one GPU with 80 GB (or several): Table 3; weeks on one",
     "smoke": "any CPU or GPU: does it run at all?",
 }
-# The fields that open a group of flags in --help.
+
+# The fields that open a group in --help.
 FLAG_GROUPS = {
     "dataset": "The run",
     "fail_k": "The hard set",
@@ -3640,32 +3916,26 @@ FLAG_GROUPS = {
     "reward": "Reward and promotion",
     "sample_tokens": "Memory and report",
 }
-# The least value of a flag that is a number; 0, where it is not here.
+# The least value of a flag that is a number; of others, a whole number must be at least 1, and a
+# broken one at least 0.
 LEAST = {
     "seed": -math.inf,
     "data_seed": -math.inf,
-    "fail_k": 1,
-    "temperature": 0.01,
-    "teacher_tokens": 1,
-    "student_tokens": 1,
-    "steps": 1,
-    "teacher_group": 2,
-    "teacher_batch": 1,
-    "n": 1,
-    "inner_steps": 1,
-    "student_batch": 1,
-    "student_group": 2,
-    "repeats": 1,
-    "reward_questions": 1,
     "tau": -math.inf,
-    "window": 1,
-    "sample_tokens": 1,
-    "micro_tokens": 1,
-    "eval_samples": 1,
+    "pool": 0,
+    "processes": 0,
+    "threads": 0,
+    "teacher_warmup": 0,
+    "student_warmup": 0,
+    "inner_extra": 0,
+    "temperature": 0.01,
+    "teacher_group": 2,  # in a group of one nothing is left out, and nothing is left
+    "student_group": 2,
 }
 
 
 def flag(name: str) -> str:
+    """A field's name as it is typed."""
     return "--" + name.replace("_", "-")
 
 
@@ -3680,7 +3950,7 @@ def parse_flags(
     def fail(message: str) -> None:
         raise UserError(f"{message}; --help shows all flags")
 
-    parser.error = fail
+    parser.error = fail  # argparse would print the usage, too, and leave
     group = parser
     for entry in dataclasses.fields(settings):
         if entry.name in groups:
@@ -3689,254 +3959,187 @@ def parse_flags(
         if isinstance(entry.default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
         text = f"{entry.metadata['help']} [{entry.default}]".replace("%", "%%")
+        # SUPPRESS: a flag that equals the default must beat the preset, so the two must differ.
         group.add_argument(flag(entry.name), default=argparse.SUPPRESS, help=text, **kind)
     return vars(parser.parse_args(argv))
 
 
-def parse_config(argv: list[str]) -> Config:
-    """Command line -> Config. Flags win over the preset, the preset over the defaults. Raises UserError on bad values."""
-    presets = ""
+def presets_help() -> str:
+    """The presets, their machines and what they set, as --help shows them."""
+    text = ""
     for name, preset in PRESETS.items():
         settings = " ".join(f"{field}={value}" for field, value in preset.items())
-        presets += f"  {name:8}for {MACHINES[name]}\n"
-        presets += textwrap.indent(textwrap.fill(settings, 80), " " * 10) + "\n"
-    flags = parse_flags(
-        argparse.ArgumentParser(
-            usage="python soar.py [--dataset NAME] [--preset NAME] [flags]",
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            description=f"SOAR: a teacher that is paid by its student's progress.\nDefaults (in brackets) are the paper's; presets "
-            f"change only what they name:\n{presets}",
-        ),
-        Config,
-        FLAG_GROUPS,
-        argv,
+        text += f"  {name:8}for {MACHINES[name]}\n"
+        text += textwrap.indent(textwrap.fill(settings, 80), " " * 10) + "\n"
+    return text
+
+
+def parse_config(argv: list[str]) -> Config:
+    """Command line -> Config. Flags win over the preset, the preset over the defaults.
+
+    Raises UserError on bad values.
+    """
+    parser = argparse.ArgumentParser(
+        usage="python soar.py [--dataset NAME] [--preset NAME] [flags]",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=f"""SOAR: a teacher that is paid by its student's progress.
+Defaults (in brackets) are the paper's; presets change only what they name:
+{presets_help()}""",
     )
+    flags = parse_flags(parser, Config, FLAG_GROUPS, argv)
+    # The preset is chosen by the flags, and then overruled by them.
     preset = flags.get("preset", "auto")
     if preset == "auto":
         preset = "tiny" if flags.get("dataset", "tiny") == "tiny" else "class"
     if preset not in PRESETS:
         raise UserError(f"--preset {preset} does not exist; choose one of {', '.join(PRESETS)}")
-    config = Config(**PRESETS[preset] | flags | {"preset": preset})
+    config = Config(**PRESETS[preset] | flags)
+    config.preset = preset
     config.out = config.out or f"runs/{Path(config.dataset).stem}-{config.seed}"
-    for name, value in vars(config).items():
-        least = LEAST.get(name, 0)
-        if (
-            isinstance(value, (int, float)) and not least <= value < math.inf
-        ):  # so NaN is refused, too
-            raise UserError(
-                f"{flag(name)} must be a finite number" + f", at least {least}" * (least >= 0)
-            )
-    if config.threads > 4 * os.cpu_count():
-        raise UserError(
-            f"--threads {config.threads} is more than four for each of the {os.cpu_count()} cores"
-        )
-    if not config.dataset:
-        raise UserError("--dataset needs a name: tiny, math, harp, olympiad or a FILE.jsonl")
-    if config.dataset == "tiny" and not 2 <= config.pool <= 100_000:
-        raise UserError(
-            "--pool must be from 2 to 100000 in the tiny world, whose problems never end"
-        )
-    if config.reward not in ("grounded", "learnability"):
-        raise UserError("--reward must be one of grounded, learnability")
-    if (config.dataset == "tiny") != (config.model == "tiny"):
-        raise UserError(
-            "the tiny data set and the tiny model belong together: give both or neither of them"
-        )
+    check_values(config)
     return config
 
 
-def check_context(policy: Policy, pool: list[Problem], config: Config) -> None:
-    """Raises UserError when a prompt and its completion may not fit into the model's context."""
-    text_config = policy.model.config.get_text_config()
-    context = getattr(text_config, "max_position_embeddings", None) or math.inf
-    rope = getattr(text_config, "rope_parameters", None) or {}
-    if (
-        rope.get("rope_type") == "longrope"
-    ):  # beyond this it turns by other angles, and the cache holds the first ones
-        context = min(context, rope.get("original_max_position_embeddings") or context)
-    length, longest = max(
-        (len(policy.student_prompt(problem)), problem.question) for problem in pool
-    )
-    empty = len(policy.student_prompt(Problem("", "")))
-    needed = {
-        f"the problem that begins {longest[:60]!r}": length + config.student_tokens,
-        "the teacher's prompt": len(policy.teacher_prompt()) + config.teacher_tokens,
-        "a problem of --teacher-tokens": empty + config.teacher_tokens + config.student_tokens,
-    }
-    what, tokens = max(needed.items(), key=lambda item: item[1])
-    if tokens > context:
-        raise UserError(
-            f"{what} needs {tokens} tokens with its completion, and the model's context has {context}; "
-            "lower --student-tokens or --teacher-tokens, or leave long problems out"
-        )
+def check_values(config: Config) -> None:
+    """Raises UserError on values that cannot work, which would show after hours otherwise."""
+    for name, value in vars(config).items():
+        if type(value) not in (int, float):
+            continue
+        least = LEAST.get(name, 1 if type(value) is int else 0)
+        if not least <= value < math.inf:  # so NaN is refused, too
+            raise UserError(f"{flag(name)} must be a finite number, not below {least}")
+    if config.threads > 4 * os.cpu_count():
+        raise UserError(f"--threads must be at most four for each of the {os.cpu_count()} cores")
+    if not config.dataset:
+        raise UserError("--dataset needs a name: tiny, math, harp, olympiad or a FILE.jsonl")
+    if config.dataset == "tiny" and not 2 <= config.pool <= 100_000:
+        raise UserError("--pool must be from 2 to 100000 in the tiny world: its problems never end")
+    if config.reward not in ("grounded", "learnability"):
+        raise UserError("--reward must be one of grounded, learnability")
+    if (config.dataset == "tiny") != (config.model == "tiny"):
+        raise UserError("the tiny data set and the tiny model belong together: give both, or none")
+
+
+# -- The screen, before and during the work.
 
 
 def students_a_step(config: Config) -> int:
-    """Jobs of an outer step: students, or datasets where none is trained."""
+    """Jobs of an outer step for share(): students, or datasets where none is trained."""
     K = config.teacher_batch * config.teacher_group
     return K * config.repeats if config.reward == "grounded" else K
 
 
 def student_completions(config: Config, promotions: int, questions: int) -> int:
-    """What the students of one outer step sample after so many promotions: in training, and greedily on the questions."""
-    K, steps = (
-        config.teacher_batch * config.teacher_group,
-        config.inner_steps + config.inner_extra * promotions,
-    )
+    """What the students of one outer step sample, after so many promotions.
+
+    In training, and greedily on the questions: each student, and the baseline once.
+    """
+    students = students_a_step(config)
     if config.reward == "learnability":
-        return K * config.n * LEARNABILITY_SAMPLES
-    return (
-        K * config.repeats * steps * config.student_batch * config.student_group
-        + (K * config.repeats + 1) * questions
-    )
+        return students * config.n * LEARNABILITY_SAMPLES
+    steps = config.inner_steps + config.inner_extra * promotions
+    training = students * steps * config.student_batch * config.student_group
+    return training + (students + 1) * questions
 
 
 def print_plan(pool: list[Problem], policy: Policy, config: Config) -> None:
-    """What is going to happen and what it costs, before it starts."""
-    K, n, students = (
-        config.teacher_batch * config.teacher_group,
-        config.n,
-        student_completions(config, 0, config.reward_questions),
-    )
-    by_students, by_teacher = (
-        len(pool) * config.fail_k + config.steps * students,
-        config.steps * K * n,
-    )
+    """What is going to happen and what it costs, before it starts, and how to read the steps.
+
+    The figures are nearly always upper bounds: most problems leave the filter early, and most
+    completions end before their limit; promotions and rejected proposals add to them. What it
+    costs in time the meter says, when the first pieces are done.
+    """
+    K = config.teacher_batch * config.teacher_group
+    in_filter = len(pool) * config.fail_k
+    in_step = student_completions(config, 0, config.reward_questions)
+    by_students = in_filter + config.steps * in_step
+    by_teacher = config.steps * K * config.n
+    completions = by_students + by_teacher
     tokens = by_students * config.student_tokens + by_teacher * config.teacher_tokens
-    more = f"; each promotion adds {config.inner_extra} steps to a student" * (
-        config.promotion and config.inner_extra > 0
-    )
-    work = f"{config.repeats} students train on each, {config.inner_steps} steps of {config.student_batch} x {config.student_group}"
-    reward = """the share of the hard questions that a student gains by training on the teacher's problems, on average
-                     over the students; below zero the training did harm"""
+    where = f"{policy.model.dtype} on {policy.model.device}".removeprefix("torch.")
+    if config.dataset != "tiny" and config.device == "auto" and missing_gpu():
+        where += f" (no GPU: {missing_gpu()})"
+    size = f"{config.student_batch} x {config.student_group}"
+    task = f"{config.repeats} students train on each, {config.inner_steps} steps of {size}"
+    if config.reward == "learnability":
+        task = f"the student, as it is, tries each problem {LEARNABILITY_SAMPLES} times"
+    print(f"""\
+SOAR on {config.dataset}: {len(pool)} problems, model {config.model}, {where}, folder {config.out}
+  filter      keep the problems that the model fails {config.fail_k} times of {config.fail_k}:
+              at most {in_filter:,} completions
+  outer step  the teacher writes {K} datasets of {config.n} problems;
+              {task}: {in_step:,} student completions
+  in all      {config.steps} outer steps: {completions:,} completions, at most {tokens:,} tokens
+""")
+    print_columns(config)
+
+
+def print_columns(config: Config) -> None:
+    """What each column of a step's line says, in a run with these flags."""
+    reward = """the share of the hard questions that a student gains by training on the
+                     teacher's problems, on average over the students; below zero it did harm"""
+    if config.reward == "learnability":
+        reward = """1 - s, on average over the teacher's problems, where s is the share of right
+                     answers of the student, which does not train; 0 where s is 0"""
     promotion = f"""above {config.tau:g} (tau) a student is promoted: it becomes the
                      baseline, from which later students start and over which they must gain"""
-    if config.reward == "learnability":
-        more, work = "", f"the student tries each problem {LEARNABILITY_SAMPLES} times"
-        reward = """1 - s, on average over the teacher's problems, s the share of right answers of the student, which
-                     does not train; 0 where s is 0"""
-    if config.reward == "learnability" or not config.promotion:
-        promotion = "nobody is promoted in this run"
-    elif config.steps < config.window:
-        promotion = "nobody can be promoted in so few steps"
-    where = f"{str(policy.model.dtype).removeprefix('torch.')} on {policy.model.device}"
-    if config.dataset != "tiny" and config.device == "auto" and (reason := missing_gpu()):
-        where += f" (no GPU: {reason})"
-    print(
-        f"""SOAR on {config.dataset}: {len(pool)} problems, model {config.model}, {where}, folder {config.out}
-  filter      keep the problems that the model fails {config.fail_k} times of {config.fail_k}: at most {len(pool) * config.fail_k:,} completions
-  outer step  the teacher writes {K} datasets of {n} problems;
-              {work}: {students:,} student completions
-  in all      {config.steps} outer steps: {by_teacher + by_students:,} completions, at most {tokens:,} tokens{more}
-
+    if config.inner_extra:
+        promotion += f", in {config.inner_extra} more steps"
+    if config.reward == "learnability" or not config.promotion or config.steps < config.window:
+        promotion = "nobody can be promoted in this run"
+    print(f"""\
 What the columns of a step say:
-  reward             {reward}; best dataset: the largest mean of one dataset
+  reward             {reward}
+  best dataset       the largest mean reward of one dataset
   moving average     of the last {config.window} rewards; {promotion}
   right in training  the share of right answers of the students to the teacher's problems
-  accepted           the share of the teacher's completions that hold a problem with a readable answer
-""",
-        flush=True,
+  accepted           the share of the teacher's completions that hold a problem, and an answer that
+                     can be read
+""")
+
+
+PROMOTION = """\
+          PROMOTION: student {student} of dataset {dataset} is the new baseline:
+          {accuracy:.1%} greedy on the hard train set. Its problems join the promotion questions.
+          From now on rewards are gains over this better student."""
+
+
+def print_step(row: dict, meter: Meter) -> None:
+    """A line about an outer step, the columns of which print_plan explains, and its promotion."""
+    best = max(np.mean(rewards) for rewards in row["rewards"])
+    seconds = sum(row["cost"]["seconds"].values())
+    print(
+        f"step {row['step']:3d}  reward {row['reward']:+.3f}  best dataset {best:+.3f}  "
+        f"moving average {row['average']:+.3f}  "
+        f"right in training {row['student']['success']:4.0%}  "
+        f"accepted {row['teacher']['acceptance']:4.0%}  "
+        f"{seconds:.0f} s, {about(meter.left())} left"
     )
+    if row["promotion"]:
+        print(PROMOTION.format(**row["promotion"]))
 
 
-def show_step(policy: Policy, state: State, config: Config) -> None:
-    """A line about the last step, its promotion and, every five steps, one problem and the baseline student's attempt at it."""
-    row, question = state.log[-1], state.questions[-1]
-    line = (
-        f"step {row['step']:3d}  reward {row['reward']:+.3f}  best dataset {max(map(np.mean, row['rewards'])):+.3f}  "
-        f"moving average {row['average']:+.3f}  right in training {row['student']['success']:4.0%}  "
-        f"accepted {row['teacher']['acceptance']:4.0%}  {sum(row['cost']['seconds'].values()):.0f} s, "
-        f"{about(policy.meter.left())} left"
-    )
-    if promoted := row["promotion"]:
-        line += (
-            f"\n          PROMOTION: student {promoted['student']} of dataset {promoted['dataset']} is the new baseline, "
-            f"{promoted['accuracy']:.1%} greedy on the hard train set.\n"
-            "          Its problems join the promotion questions. From now on rewards are gains over this better student."
-        )
-    if row["step"] % 5 == 0:
-        problem = Problem(question["question"], question["answer"])
-        restore(policy.model, state.baseline)
-        rollouts, rewards = solve(policy, [problem], 1, config)
-        verdict = "right" if rewards[0] == RIGHT else "wrong"
-        said = (
-            ("teacher:", problem.question),
-            ("answer:", problem.answer),
-            ("student:", f"{rollouts[0].text.strip()}   ({verdict} by this answer)"),
-        )
-        for speaker, text in said:
-            line += f"\n    {speaker:9}" + text.strip().replace("\n", "\n             ")
-    tqdm.write(line, file=sys.stdout)
-    sys.stdout.flush()
+def print_example(policy: Policy, state: State, config: Config) -> None:
+    """The teacher's last problem and the baseline student's greedy answer to it.
 
+    The verdict is that of the teacher's own answer, which may be wrong: so is the reward's.
+    """
+    last = state.questions[-1]
+    problem = Problem(last["question"], last["answer"])
+    restore(policy.model, state.baseline)
+    rollouts, rewards = solve(policy, [problem], 1, config)
+    verdict = "right" if rewards[0] == RIGHT else "wrong"
+    lines = f"""\
+teacher: {problem.question.strip()}
+answer:  {problem.answer.strip()}
+student: {rollouts[0].text.strip()}   ({verdict} by this answer)"""
+    print(textwrap.indent(lines, "    "))
+
+
+# -- The report, at the end.
 
 KS = (1, 4, 8, 16, 32)  # of pass@k (paper)
-
-
-def right_counts(
-    policy: Policy, problems: list[Problem], n: int, config: Config, generator
-) -> list[int]:
-    """How many of n attempts of the live model are right, for each problem."""
-    return (solve(policy, problems, n, config, generator)[1] == RIGHT).view(-1, n).sum(1).tolist()
-
-
-def measure(policy: Policy, problems: list[Problem], config: Config) -> dict:
-    """Greedy accuracy and mean pass@k of the live model, k = 1, 4, 8, 16, 32 as far as --eval-samples allows."""
-    n = config.eval_samples
-    right = right_counts(policy, problems, n, config, seeded(config.seed, "report"))
-    return {"greedy": greedy_right(policy, problems, config).mean().item()} | {
-        f"pass@{k}": float(np.mean([pass_at_k(n, c, k) for c in right])) for k in KS if k <= n
-    }
-
-
-def bars(values: list[float], low: float, high: float, letters: str) -> str:
-    """A curve in one line: each value becomes one of the letters, from the lowest to the highest.
-
-    >>> bars([0.0, 0.5, 1.0, 2.0], 0.0, 1.0, "_-^")
-    '_-^^'
-    """
-    places = [round((value - low) / (high - low) * (len(letters) - 1)) for value in values]
-    return "".join(letters[min(max(place, 0), len(letters) - 1)] for place in places)
-
-
-def can_print(text: str) -> bool:
-    """Whether the console has these letters."""
-    try:
-        text.encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def print_curves(log: list[dict]) -> None:
-    """What happened, step by step: the teacher's reward and, in the tiny world, its share of products."""
-    letters = "▁▂▃▄▅▆▇█"
-    if not can_print(letters):
-        letters = "_.-=+*%#"
-    rewards = [row["reward"] for row in log]
-    low, high = min(0.0, *rewards), max(0.01, *rewards)
-    marks = "".join("^" if row["promotion"] else " " for row in log)
-    print(
-        f"\nreward    {bars(rewards, low, high, letters)}   from {low:+.2f} to {high:+.2f}, one letter a step"
-    )
-    print(f"          {marks}   ^ promotion")
-    if "topics" in log[0]:
-        shares = [row["topics"]["products"] for row in log]
-        print(
-            f"products  {bars(shares, 0.0, 1.0, letters)}   from 0 to 100 % of the teacher's problems"
-        )
-
-
-def print_table(title: str, rows: dict[str, dict[str, float]]) -> None:
-    print(f"\n{title}\n{'':18}" + "".join(f"{column:>12}" for column in next(iter(rows.values()))))
-    for name, row in rows.items():
-        print(f"{name:18}" + "".join(f"{value:12.1%}" for value in row.values()))
-
-
-def hard_set_key(hard_train: list[Problem], hard_test: list[Problem]) -> str:
-    """eval.py compares it, so that students are never tested on another split than that of the run."""
-    return fingerprint(hard_train, hard_test)
 
 
 def report(
@@ -3946,28 +4149,12 @@ def report(
     state: State,
     config: Config,
 ) -> None:
-    """The closing tables, also written to report.json."""
-    restore(policy.model, policy.base)
-    students, topics = {"base model": measure(policy, hard_test, config)}, {}
-    if state.promotions:  # from the run folder: the table is about what was saved
-        restore(policy.model, snapshot(load_model(f"{config.out}/student", config)[0]))
-        students["promoted student"] = measure(policy, hard_test, config)
-    print_table(
-        f"On the {len(hard_test)} held-out hard problems (never trained on, never a reward);\n"
-        "pass@k is the chance that at least one of k sampled answers is right:",
-        students,
-    )
-    if config.dataset == "tiny":
-        for name, weights in (("at the start", policy.base), ("at the end", state.teacher)):
-            restore(policy.model, weights)
-            generator = seeded(config.seed, "report topics")
-            topics[name] = topic_shares(propose(policy, 400, config, generator)[1])
-        print_table("The teacher's problems:", topics)
-        before, after = (topics[name]["products"] for name in topics)
-        print(
-            "\nOnly products teach the student something: sums it knows, ambiguous problems have no right answer. The teacher was\n"
-            f"told nothing but the rewards, and went from {before:.0%} to {after:.0%} products."
-        )
+    """Prints the closing tables and curves, and what to type next; writes report.json.
+
+    eval.py reads the file: it refuses a split of the hard set, or weights, that are not the run's.
+    """
+    students = report_students(policy, hard_test, state, config)
+    topics = report_topics(policy, state, config) if config.dataset == "tiny" else {}
     print_curves(state.log)
     write_json(
         Path(config.out) / "report.json",
@@ -3977,158 +4164,139 @@ def report(
             "steps": len(state.log),
             "promotions": state.promotions,
             "promotion_questions": len(state.promotion_questions),
-            "hard_set": hard_set_key(hard_train, hard_test),
+            "hard_set": fingerprint(hard_train, hard_test),
             "weights": {"teacher": weights_key(state.teacher), "student": state.student_key},
         },
     )
-    print(
-        f"\n{state.promotions} promotion(s), {len(state.promotion_questions)} promotion questions; see {config.out}/"
-    )
+    questions = len(state.promotion_questions)
+    print(f"\n{state.promotions} promotion(s), {questions} promotion questions; see {config.out}/")
     if not state.promotions:
         print("No student was promoted, so the student is still the base model.")
     print_next_commands(config)
 
 
+def report_students(policy: Policy, hard_test: list[Problem], state: State, config: Config) -> dict:
+    """Prints how good the base model is, and the student that is kept -> {name: accuracies}."""
+    restore(policy.model, policy.base)
+    table = {"base model": measure(policy, hard_test, config)}
+    if state.promotions:  # from the run folder: the table is about what was saved
+        kept = load_model(f"{config.out}/student", config)[0]
+        restore(policy.model, snapshot(kept))
+        table["promoted student"] = measure(policy, hard_test, config)
+    print(f"""
+On the {len(hard_test)} held-out hard problems (never trained on, never a reward);
+pass@k is the chance that at least one of k sampled answers is right:""")
+    print_table(table)
+    return table
+
+
+def report_topics(policy: Policy, state: State, config: Config) -> dict:
+    """Of the tiny world's teacher: prints what it writes about -> {when: shares of the topics}."""
+    table = {}
+    # Of 400 problems a share of one half has a standard error of 2.5 points.
+    for when, weights in (("at the start", policy.base), ("at the end", state.teacher)):
+        restore(policy.model, weights)
+        generator = seeded(config.seed, "report topics")  # the same randomness for both
+        table[when] = topic_shares(propose(policy, 400, config, generator)[1])
+    print("\nThe teacher's problems:")
+    print_table(table)
+    before, after = [shares["products"] for shares in table.values()]
+    print(f"""
+Only products teach the student something: sums it knows, ambiguous problems have no right answer.
+The teacher was told nothing but the rewards. Its share of products went from {before:.0%} to \
+{after:.0%}.""")
+    return table
+
+
+def measure(policy: Policy, problems: list[Problem], config: Config) -> dict:
+    """Of the live model: {"greedy": accuracy, "pass@1": mean over the problems, ...}, as far as
+    --eval-samples allows. The same random numbers for all models: less noise in a difference.
+    """
+    n = config.eval_samples
+    right = right_counts(policy, problems, n, config, seeded(config.seed, "report"))
+    accuracies = {"greedy": greedy_right(policy, problems, config).mean().item()}
+    for k in KS:
+        if k <= n:
+            accuracies[f"pass@{k}"] = float(np.mean([pass_at_k(n, c, k) for c in right]))
+    return accuracies
+
+
+def right_counts(
+    policy: Policy, problems: list[Problem], n: int, config: Config, generator: torch.Generator
+) -> list[int]:
+    """How many of n attempts of the live model are right, for each problem."""
+    rewards = solve(policy, problems, n, config, generator)[1]  # [len(problems) * n]
+    return (rewards == RIGHT).view(-1, n).sum(1).tolist()
+
+
+def print_table(table: dict) -> None:
+    """Prints {row: {column: share}} in percent; all rows have the same columns."""
+    columns = next(iter(table.values()))
+    print(" " * 18 + "".join(f"{column:>12}" for column in columns))
+    for name, row in table.items():
+        print(f"{name:18}" + "".join(f"{value:12.1%}" for value in row.values()))
+
+
+def print_curves(log: list[dict]) -> None:
+    """The teacher's reward, step by step and, in the tiny world, its share of products.
+
+    What to look for: the reward rises, and falls after a promotion, since the new baseline is
+    better. A line of one height says that nothing was learnt, or that it was all noise.
+    """
+    letters = "▁▂▃▄▅▆▇█"
+    try:
+        letters.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:  # a console that lacks them
+        letters = "_.-=+*%#"
+    rewards = [row["reward"] for row in log]
+    low = min(0.0, *rewards)
+    high = max(0.01, *rewards)
+    curve = bars(rewards, low, high, letters)
+    marks = "".join("^" if row["promotion"] else " " for row in log)
+    print(f"""
+reward    {curve}   from {low:+.2f} to {high:+.2f}, one letter a step
+          {marks}   ^ promotion""")
+    if "topics" in log[0]:  # of the tiny world only
+        shares = [row["topics"]["products"] for row in log]
+        curve = bars(shares, 0.0, 1.0, letters)
+        print(f"products  {curve}   from 0 to 100 % of the teacher's problems")
+
+
+def bars(values: list[float], low: float, high: float, letters: str) -> str:
+    """A curve in one line: each value becomes one of the letters, the first for low.
+
+    >>> bars([0.0, 0.5, 1.0], 0.0, 1.0, "_-^")
+    '_-^'
+    """
+    top = len(letters) - 1
+    return "".join(letters[round((value - low) / (high - low) * top)] for value in values)
+
+
 def print_next_commands(config: Config) -> None:
-    """What to type next: it compares this run with what it must be compared with."""
-    commands = [f"python eval.py {shlex.quote(config.out)}"]
+    """What to type next: it compares this run with what it must be compared with.
+
+    In the tiny world that is also a run whose teacher is paid for learnability.
+    """
+    print("\nNext, to see what else trains a student, and how well:")
+    folders = shlex.quote(config.out)
     if config.dataset == "tiny" and config.reward == "grounded" and config.promotion:
-        other = f"{config.out}-learnability"
+        other = shlex.quote(f"{config.out}-learnability")
         seeds = f"--seed {config.seed} --data-seed {config.data_seed}"
-        commands = [
-            f"python soar.py {seeds} --reward learnability --out {shlex.quote(other)}",
-            f"python eval.py {shlex.quote(config.out)} {shlex.quote(other)}",
-        ]
-    print("\nNext, to see what else trains a student, and how well:\n  " + "\n  ".join(commands))
+        print(f"  python soar.py {seeds} --reward learnability --out {other}")
+        folders += f" {other}"
+    print(f"  python eval.py {folders}")
 
 
-def prepare(config: Config, meter: Meter) -> tuple[Policy, list[Problem]]:
-    """The policy and the pool of problems. Raises UserError."""
-    choose_device(config)  # it may refuse, before anything is loaded
-    for path in (config.teacher_prompt, config.student_prompt):
-        if path:
-            read_text(path, "it should hold a prompt in UTF-8")
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    if config.dataset == "tiny":
-        pool = hard_worksheets(make_world(config.data_seed), config.pool, config.data_seed)
-    else:
-        pool = load_problems(config.dataset, config.cache)
-        if 0 < config.pool < len(pool):
-            pool = random.Random(f"pool {config.data_seed}").sample(pool, config.pool)
-    policy = load_policy(
-        tiny_base_model(config) if config.model == "tiny" else config.model, config, meter
-    )
-    check_context(policy, pool, config)
-    return policy, pool
-
-
-def run(config: Config, meter: Meter) -> None:
-    """Everything, from the flags to the closing table. Raises UserError."""
-    check_folder(config)
-    folder = Path(config.out)
-    with claim(folder):
-        policy, pool = prepare(config, meter)
-        check_disk(policy, folder)
-        print_plan(pool, policy, config)
-        with workers(policy, config, students_a_step(config)):
-            hard = hard_problems(policy, pool, config)
-            hard_train, hard_test = split_hard(hard, config)
-            print(
-                f"{len(hard)} of {len(pool)} problems are fail@{config.fail_k}: {len(hard_train)} for the reward, "
-                f"{len(hard_test)} held out\n",
-                flush=True,
-            )
-            state = first_state(policy, hard_train, hard_test, config)
-            write_json(folder / "config.json", vars(config))
-            outer_loop(policy, hard_train, state, config)
-        restore(policy.model, state.teacher)
-        save_model(policy.model, policy.tokenizer, folder / "teacher")
-        report(policy, hard_train, hard_test, state, config)
-
-
-def first_state(
-    policy: Policy, hard_train: list[Problem], hard_test: list[Problem], config: Config
-) -> State:
-    """Where the run begins, or goes on. Raises UserError when it would go on with other inputs than it began with."""
-    inputs = fingerprint(
-        weights_key(policy.base),
-        policy.teacher_prompt(),
-        policy.student_prompt(Problem("", "")),
-        hard_train,
-        hard_test,
-    )
-    state = load_checkpoint(Path(config.out))
-    if state is None:
-        return State(policy.base, adamw_state(policy.model, "cpu"), policy.base, inputs)
-    if state.inputs != inputs:
-        raise UserError(
-            f"the run in {config.out} began with another model, other prompts or other problems than this command "
-            "gives it: has a file changed? Put it back, or choose another --out"
-        )
-    return state
-
-
-def outer_loop(policy: Policy, hard_train: list[Problem], state: State, config: Config) -> None:
-    """The outer steps that are left, each with its checkpoint and its line on the screen."""
-    meter, folder = policy.meter, Path(config.out)
-    students = (config.steps - state.step) * students_a_step(config)
-    meter.expect(students, "all outer steps", 1 + len(policy.workers))
-    while state.step < config.steps:
-        meter("other")
-        meter.seconds.clear(), meter.tokens.clear()
-        row = outer_step(policy, hard_train, state, config)
-        meter("saving")
-        training = meter.seconds["training"]
-        row["cost"] = {
-            "seconds": dict(meter.seconds),
-            "peak_memory_gb": peak_memory_gb(policy.model.device),
-            "tokens_per_second": {
-                "sampled": meter.tokens["sampled"] / meter.seconds["sampling"],
-                "trained": meter.tokens["trained"] / (training or math.inf),
-            },
-        }
-        save_checkpoint(folder, state)
-        show_step(policy, state, config)
-
-
-def check_disk(policy: Policy, folder: Path) -> None:
-    """Raises UserError when the run's files cannot fit: two checkpoints side by side (teacher, baseline, float32 moments) and,
-    with one more while it is written, the two models."""
-    weights = sum(w.numel() for w in policy.base)
-    size = policy.base[0].element_size()  # bytes a weight
-    need = weights * (2 * (2 * size + 8) + 3 * size) / 1e9
-    free = shutil.disk_usage(folder).free / 1e9
-    if need > 1:
-        print(f"The run needs up to {need:.0f} GB of the disk; {free:.0f} GB are free.\n")
-    if need > free:
-        raise UserError(
-            f"the run needs up to {need:.1f} GB in {folder}, and {free:.1f} GB are free; "
-            "free some space, or choose an --out on another disk"
-        )
-
-
-def peak_memory_gb(device) -> float:
-    """Of the GPU, or of this process on a CPU (0 where the system does not tell)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    with contextlib.suppress(ImportError):  # Windows
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-            1e9 if sys.platform == "darwin" else 1e6
-        )
-    return 0.0
-
-
-def print_anything() -> None:
-    """A console that lacks a letter (cp1252 on Windows) shows a question mark for it, and the run goes on."""
+def prepare_screen() -> None:
+    """Each line is seen at once, also by `soar.py | tee`, and no letter ends a run: a console that
+    lacks it (cp1252 on Windows) shows a question mark."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="replace", line_buffering=True)
 
 
 def quiet_libraries() -> None:
+    """Keeps warnings and progress bars of the hub and transformers off the screen."""
     import transformers  # late: --help and most mistakes need not wait for it
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -4136,56 +4304,5 @@ def quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Of a CPU, and of memory that a CUDA library asked for, PyTorch says it in words only."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    words = "allocate memory|not enough memory|out of memory|ALLOC_FAILED"
-    return re.search(words, str(error)) is not None
-
-
-def guarded(program: str, work, meter: Meter, again: list[str]) -> int:
-    """work() as an exit code: 0; 2 after a mistake that the user can mend, said in one sentence; 130 after Ctrl-C.
-
-    `again` is the command that goes on where an interrupted one stopped.
-    """
-    code, again = 2, shlex.join(again)
-    try:
-        work()
-        return 0
-    except UserError as error:
-        sentence = error
-    except BrokenPipeError:  # as in `soar.py | head`
-        sys.stdout = open(os.devnull, "w")
-        sentence = f"nobody reads what it prints any more, so it has stopped; go on with: {again}"
-    except KeyboardInterrupt:
-        code, sentence = 130, f"interrupted; all complete steps are saved, continue with: {again}"
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        train = "lower --micro-tokens or add --checkpointing"
-        advice = {"sampling": "lower --sample-tokens", "training": train}
-        advice = advice.get(meter.phase, "take a smaller --model")
-        sentence = f"out of memory (phase: {meter.phase}); {advice} and go on with: {again}"
-    print(f"{program}: {sentence}", file=sys.stderr, flush=True)
-    return code
-
-
-def main(argv: list[str] | None = None) -> int:
-    argv, meter = sys.argv[1:] if argv is None else argv, Meter()
-    print_anything()
-
-    def work():
-        if has_served():
-            return
-        config = parse_config(argv)
-        quiet_libraries()
-        run(config, meter)
-
-    return guarded(
-        "soar", work, meter, ["python", "soar.py", *argv] + ["--resume"] * ("--resume" not in argv)
-    )
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -221,7 +221,7 @@ def test_flags_win_over_the_preset_and_the_preset_over_defaults():
     paper = dataclasses.asdict(soar.parse_config(["--dataset", "math", "--preset", "paper"]))
     changed = {name for name, value in paper.items() if value != getattr(Config, name)}
     changed -= {"sample_tokens", "micro_tokens", "checkpointing"}  # memory: they change no result
-    assert changed == {"dataset", "preset", "out", "groups"}  # nothing else may differ from Table 3
+    assert changed == {"dataset", "preset", "out", "teacher_batch"}  # and nothing else of Table 3
 
 
 def test_presets_name_a_machine_and_fit_it(capsys):
@@ -3836,7 +3836,7 @@ def test_resume_after_sigkill(toy, finished, tmp_path):
     "function, call",
     [
         ("save_checkpoint", 4),
-        ("write_whole", 7),
+        ("write_atomically", 7),
         ("save_model", 2),
         ("policy_update", 40),
         ("report", 1),
@@ -3952,7 +3952,7 @@ def test_another_process_fails(toy, tmp_path):
         "import os, sys\nimport soar\n"
         "def train_student(*_):\n    raise soar.UserError('the disk of process 1 is full')\n"
         "if __name__ == '__mp_main__' or os.environ.get('RANK') == '1':\n    soar.train_student = train_student\n"
-        "if __name__ == '__main__':\n    sys.exit(soar.main())\n"
+        "if __name__ == '__main__':\n    sys.exit(soar.main(sys.argv[1:]))\n"
     )
     argv = [*toy, "--out", str(tmp_path / "out"), "--processes", "2"]
     done = subprocess.run(
@@ -4062,7 +4062,7 @@ def test_no_promotion_and_learnability(toy, tmp_path, capsys):
         out = tmp_path / str(i)
         assert soar.main([*toy, "--out", str(out), "--steps", "2", "--window", "1", *more]) == 0
         printed = capsys.readouterr().out
-        assert "No student was promoted" in printed and "nobody is promoted in this run" in printed
+        assert "No student was promoted" in printed and "nobody can be promoted" in printed
         assert ("students train on each" in printed) == (i == 0) and (
             "does not train" in printed
         ) == (i == 1)
@@ -4214,6 +4214,16 @@ def test_the_plan_says_why_there_is_no_gpu(error, policy, monkeypatch, capsys):
     assert "float32 on cpu," in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("reward", ["grounded", "learnability"])
+def test_every_column_is_explained(reward, finished, capsys):
+    """A column of a step's line that the plan does not know, or calls by another name."""
+    soar.print_columns(small_config(reward=reward))
+    explained = re.findall(r"^  (\w+(?: \w+)*)  ", capsys.readouterr().out, re.MULTILINE)
+    soar.print_step(log_rows(finished)[0], soar.Meter())
+    line = capsys.readouterr().out
+    assert re.findall(r"  ([a-z ]+?) [ +-]*[\d.]+", line) == explained and len(explained) == 5
+
+
 def test_choose_dtype(monkeypatch):
     """bfloat16 on a T4, which emulates it at a quarter of the speed."""
     assert soar.choose_dtype("cpu") == torch.float32
@@ -4268,11 +4278,11 @@ def test_only_memory_is_called_out_of_memory(error, memory, capsys):
         raise error
 
     if memory:
-        assert soar.guarded("soar", work, soar.Meter(), ["python"]) == 2
+        assert soar.exit_code("soar", work, soar.Meter(), ["python"]) == 2
         assert "out of memory" in capsys.readouterr().err
     else:
         with pytest.raises(type(error)):
-            soar.guarded("soar", work, soar.Meter(), ["python"])
+            soar.exit_code("soar", work, soar.Meter(), ["python"])
 
 
 def test_nan_in_mid_run(toy, finished, tmp_path, capsys, monkeypatch):
@@ -5896,10 +5906,13 @@ def test_full_logits_are_the_same():
     )
 
 
-def test_eval_settings_have_help():
-    """A flag without a comment, or one that --help does not show."""
-    helped = [name for entries in soar.config_help(eval_.Settings).values() for name in entries]
-    assert helped == [field.name for field in dataclasses.fields(eval_.Settings)]
+def test_eval_settings_have_help(capsys):
+    """A field that is no flag, or a text that breaks --help."""
+    with pytest.raises(SystemExit) as end:
+        eval_.main(["--help"])
+    screen = capsys.readouterr().out
+    fields = dataclasses.fields(eval_.Settings)
+    assert end.value.code == 0 and all(f"  {soar.flag(field.name)}" in screen for field in fields)
 
 
 # ======================================================================================================================
@@ -5918,7 +5931,7 @@ def test_commands_in_the_readme(line):
     _, program, *argv = shlex.split(line.replace("$s", "0"))
     if "--benchmark" in argv:
         argv = [re.sub(r"[|].*|\[|\]", "", word) for word in argv]
-        soar.parse_flags(argparse.ArgumentParser(), eval_.Benchmark, argv)
+        soar.parse_flags(argparse.ArgumentParser(), eval_.Benchmark, {}, argv)
     elif program == "soar.py":
         if "--help" not in argv:
             soar.parse_config(argv)

@@ -216,15 +216,19 @@ SMALL_GPU = {
     "micro_tokens": 8192,
 }
 PRESETS = {
+    # Eight small datasets a step: small ones differ more in their topics, and many of them average
+    # the noise of their students. (With four of 32 problems, at 5e-4, the share of products hardly
+    # moved in twelve steps; with these it rose by 22 to 58 points in the worlds 0 to 5.)
     "tiny": {
         "model": "tiny",
         "pool": 256,
         "temperature": 0.7,
         "teacher_tokens": 40,
         "student_tokens": 24,
-        "steps": 12,
-        "n": 32,
-        "teacher_lr": 5e-4,
+        "steps": 11,
+        "teacher_group": 8,
+        "n": 16,
+        "teacher_lr": 1.5e-3,
         "teacher_warmup": 0,
         "repeats": 2,
         "inner_steps": 20,
@@ -827,8 +831,8 @@ def policy_update(
     A_i > 0, a smaller loss is a larger ln p_i.
 
     The KL term is the estimator k1 = ln p - ln ref, put into the REWARD: its gradient is that of
-    the reverse KL. (k2 = k1^2 / 2 as a loss gives the same; k1 as a loss has gradient zero on average,
-    since E[grad ln p] = 0; k3 = 1/e^k1 - 1 + k1 as a loss gives the forward KL.)
+    the reverse KL. (k2 = k1^2 / 2 as a loss gives the same; k1 as a loss has gradient zero on
+    average, since E[grad ln p] = 0; k3 = 1/e^k1 - 1 + k1 as a loss gives the forward KL.)
 
     B counts all rollouts, before anything is skipped or cut into micro-batches, so neither changes
     the gradient. Rollouts with advantage zero skip both passes: nothing pulls them anywhere, so

@@ -1,35 +1,38 @@
 #!/usr/bin/env python3
 """SOAR: a model that teaches itself, in one file.
 
-A language model is stuck on problems that it failed 128 times of 128. Reinforcement learning needs
-some attempts that are better than others, and here all of them earn the same. SOAR ("Teaching
-Models to Teach Themselves", arXiv 2601.18778) makes two copies of the model. The teacher writes
-practice problems, the student trains on them, and the teacher is paid by how much better the
-student then does on the hard problems, which the teacher never sees.
+A language model is stuck on problems that it failed 128 times of 128. Reinforcement learning makes
+attempts likelier that earned more than others, and here none does. SOAR ("Teaching Models to Teach
+Themselves", arXiv 2601.18778) makes two copies of the model. The teacher writes practice problems,
+the student trains on them, and the teacher is paid by how much better the student then does on the
+hard problems, which the teacher never sees.
 
     Algorithm 1                                                         the function that does it
-    theta, phi <- base model           # student baseline, teacher            first_state
+    theta, phi <- base model           # student baseline, teacher            first_state (16)
     repeat --steps times:                                                     outer_step
-    1.  phi writes K datasets X_1..X_K of n problems with answers             propose
+    1.  phi writes K datasets X_1..X_K of n problems,                         propose
+            with its own answers, right or wrong
     2.  for each X_k, r times: a copy of theta trains on X_k, briefly;        train_student
-            R_kj = its greedy accuracy on M hard problems - that of theta,    grounded_rewards
-            R_k = mean of R_kj over j
+            R_kj = how many percent more of M hard problems it then           grounded_rewards
+                   answers than theta does, R_k = mean of R_kj over j
     3.  if the moving average of mean_k R_k is above tau:                     promotion_due
-            theta <- the median student of the best dataset X_k               promote
-            D_best <- D_best + X_k
-    4.  RLOO: phi moves towards the datasets that beat the others             teacher_update
+            theta <- the median student of the X_k with the largest R_k       promote
+            D_best <- D_best + this X_k
+    4.  phi moves towards the datasets that beat the others, by RLOO          teacher_update
+            (REINFORCE, leave-one-out: A_k = R_k - the mean of the others)
     return D_best and the best of all promoted students
 
-The student that is kept on disk and reported is the best promoted one: the one that answers the
-most of the hard train problems. It is mostly the last, but nothing makes it so.
+The student that is saved and reported is the best promoted one: the one that answers the most of
+the hard train problems. Usually it is the last one, but nothing guarantees that.
 
 Notation, with the flag that sets it:
     theta, phi    weights of the student baseline and of the teacher
-    K             datasets an outer step: --teacher-batch groups of --teacher-group (g) datasets
+    K             datasets an outer step: --teacher-batch groups of --teacher-group (g) datasets,
+                  which are compared within their group
     n             --n, problems in a dataset X_k
     r             --repeats, students that train on each dataset; j counts them, k the datasets
     M             --reward-questions, hard problems behind a reward; the set is called Q_R
-    tau           --tau, the moving average of the rewards that a promotion takes
+    tau           --tau, what the moving average of the rewards must exceed for a promotion
     B, G, T, D, V   sizes of tensors: sequences, completions of one prompt (--student-group),
                   tokens, hidden units, vocabulary
     fail@128      the problems that a model fails 128 times of 128; pass@k: the chance that at
@@ -44,9 +47,9 @@ What to type (times and memory: README.md):
     torchrun --nproc_per_node=8 -- soar.py ...       the same on 8 GPUs, which share the students
     python soar.py --help                            every flag, its default and its source
 
-What is simpler than in the paper: teacher and students take turns in ONE live model, which copies
-of the weights are put into; and there is one update a batch, so training is exactly on-policy,
-with no importance ratio and no clipping of it.
+What is simpler than in the paper: there is ONE live model, and teacher and students are copies of
+its weights that take turns in it; and there is one update a batch, so training is on-policy (up to
+rounding: sampler_gaps), with no importance ratio and no clipping of it.
 
 Part I is SOAR, and can be read alone, in an hour:
     1 Config, 2 The outer loop, 3 The teacher, 4 The student, 5 The grounded reward,
@@ -111,33 +114,38 @@ class UserError(Exception):
 # ======== Part I: SOAR ============================================================================
 
 # What Part I uses of the rest, so that it can be read alone:
-#     Policy                what plays teacher and students: .model (one live transformers model),
-#                           .base (the weights it began with), .reference (a frozen copy, for the
-#                           KL term), .teacher_prompt() and .student_prompt(problem) as token ids,
-#                           .meter(phase), a stopwatch
+#     Policy                what plays teacher and students: .model (the live transformers model),
+#                           .reference (a frozen copy of the base model, for the KL term),
+#                           .tokenizer, .teacher_text, .teacher_prompt() and
+#                           .student_prompt(problem) as token ids, .meter(phase), a stopwatch
 #     Rollout               one sampled completion: .prompt and .completion (token ids), .text,
 #                           .logprob (as it was sampled), .truncated (it hit the token limit)
 #     snapshot, restore     copy all weights out of the live model, put a copy back
 #     seeded(*key)          a random generator that is a function of its key and of nothing else
-#     sample(...)           rollouts of some prompts: n of each, or the greedy one
+#     sample(...)           rollouts of some prompts: several of each, or the greedy one
 #     micro_batches         cuts rollouts into parts that fit into memory
 #     next_token_logits     hidden states -> logits
-#     adamw_state, adamw_step, moved_to     the optimizer: its moments, its step, their place
+#     adamw_state, adamw_step, learning_rate, moved_to     the optimizer: its moments, its step, the
+#                           schedule; moments on another device
 #     answers_equal, parses, boxes, extract_boxed     the verifier: is it right, can it be read?
 #     share(...)            task(policy, *common, *job) for each job, in order, on all processes
-#     save_model, weights_key, topic_shares     for the books: files, names, the tiny world's topics
+#     save_model, weights_key, topic_shares, hopeless_teacher     files, names, figures, an error
 
 
 # ======== 1. Config: which knobs are there, and what did the paper set them to? ===================
 
-# Every field is a flag, and the text beside it is its --help. The defaults are the paper's
-# (Table 3); where the paper is silent, the text says so. A preset replaces what a smaller machine
-# cannot do, and nothing else. The tiny preset belongs to a world that this script invents
-# (section 11): worksheets with products of one-digit numbers, a vocabulary of 200 words, and a
-# model of 93,000 weights that has learnt common misconceptions from forum posts and the right
-# answers from textbooks. There everything happens in minutes. `--teacher-group` and
-# `--student-group` are the two RLOO groups: the datasets, and the answers to one problem, that are
-# compared with each other.
+# Every field is a flag, and the text beside it is its --help. The defaults are the paper's (Table
+# 3); where the paper is silent, or says two things, the text says so. A preset changes what a
+# smaller machine or a shorter run needs. --teacher-group and --student-group are the two RLOO
+# groups: the datasets, and the attempts at one problem, that are compared with each other.
+#
+# The tiny preset belongs to a world that this script invents (section 11), and in which everything
+# happens in minutes. Its problems are worksheets such as `a= 7*8 ,b= 4*6`. Its base model has
+# 95,000 weights, and has read two kinds of text: forum posts, where people get most products wrong
+# (7*8 is 63), and textbooks, whose exercises have mostly right keys. So it solves like the forum,
+# and writes exercises like the textbook. A hard problem is a sheet of five products. The teacher
+# can write about products, which help; about sums, which the student knows; and ambiguous
+# exercises (x*8), which nobody can learn.
 
 
 def option(default: object, text: str) -> object:
@@ -153,7 +161,7 @@ class Config:
     model: str = option("unsloth/Llama-3.2-3B-Instruct", "hub id or local folder (the paper's)")
     seed: int = option(0, "every random choice of the run")
     data_seed: int = option(
-        0, "tiny world, fail@k samples, train/test split: equal to compare runs"
+        0, "tiny world, fail@k samples, train/test split: the same in runs to compare"
     )
     out: str = option("", "the run folder; empty: runs/DATASET-SEED")
     cache: str = option("runs/cache", "the tiny world's base model and filtered hard sets are here")
@@ -163,7 +171,7 @@ class Config:
     device: str = option("auto", "auto: cuda if there is one, else cpu")
     # --- The hard set
     fail_k: int = option(
-        128, "keep the problems that the base model fails so many times of as many"
+        128, "keep the problems that the base model fails in each of so many attempts"
     )
     pool: int = option(0, "look only at this many problems, drawn by --data-seed; 0: all")
     # --- Prompts
@@ -183,7 +191,7 @@ class Config:
     teacher_warmup: int = option(20, "outer steps of linear warm-up (Table 3)")
     # --- The student
     inner_steps: int = option(10, "RLOO steps of the inner loop (Table 3)")
-    inner_extra: int = option(5, "steps more after each promotion (Table 3)")
+    inner_extra: int = option(5, "steps more after each promotion (Table 3, without a reason)")
     student_batch: int = option(8, "problems a step (Table 3)")
     student_group: int = option(32, "completions a problem, the RLOO group (Table 3)")
     student_lr: float = option(1e-5, "peak, cosine decay over the inner loop (Table 3)")
@@ -285,19 +293,24 @@ PRESETS = {
 # which of them helps, but not to solve hard problems, and without promotion each student is thrown
 # away when it has been measured. Promotion banks progress: the next students begin where this one
 # ended, and problems that were out of its reach come into reach. The price can be seen in every
-# run. Rewards are gains over the baseline; so they drop after a promotion, and the teacher has to
-# find what helps the better student.
+# run that promotes. Rewards are gains over the baseline; so they drop after a promotion, and the
+# teacher has to find what helps the better student.
 #
-# Why a moving average? A mean reward of one step may be luck: M questions, and students that took a
-# lucky turn. Three steps in a row are a trend. Why a dataset of this step, and not the best one
-# ever? The rewards of the window show that the teacher is good NOW, and of this step's students
-# alone the weights are still there. Why its median student? The best of r is chosen by luck as well
-# as by merit, and would be worse than it looks; the median student is what the dataset does.
-# (With r = 2 it is the better of the two, and with r = 1 the only one: no protection there.)
+# Why a moving average? The mean reward of one step is noisy: it hangs on M questions, and on what
+# the students happened to sample. The mean of three steps is less so. (It is no more than that: a
+# single large reward can lift the mean of all three above tau.) Why a dataset of this step, and not
+# the best one ever? The window shows that the teacher is good NOW, and the weights of earlier
+# students are gone. So the promoted student may gain less than those that earned the promotion.
 #
-# What the tiny world does not show: there one or two promotions lead from 0 to nearly 100 %, since
-# all facts hang on one switch. The paper's students gain a few points by each of at most four
-# promotions, in 200 steps.
+# Why the median student of the best dataset? A student's gain has a share of chance, and the best
+# of r has the most of it. The median student shows what the dataset does; for an even r the better
+# of the two in the middle is taken, so of the paper's four students it is the second best, and with
+# r = 2, as in the tiny preset, it is the better one: no protection there. Nor does it help against
+# the choice of the best dataset: the largest of K noisy means is too large, too.
+#
+# What the tiny world does not show: there one to three promotions lead from 0 to 60-100 %, since
+# all facts hang on one switch, from the forum's way of answering to the textbook's. The paper's
+# students gain a few points by each of at most four promotions, in 200 steps.
 
 
 @dataclass
@@ -321,7 +334,7 @@ class State:
 
 @dataclass
 class Champion:
-    """The median student of a step's best dataset: the one that a promotion would promote."""
+    """The median student of a step's best dataset: if a promotion is due, the new baseline."""
 
     dataset: int
     student: int
@@ -382,8 +395,7 @@ def promotion_due(history: list[float], config: Config) -> bool:
     """Is the mean of the last `window` steps' mean rewards above tau? (Algorithm 1)
 
     The paper is silent on two things. Rewards are measured against a baseline, so those from before
-    a promotion say nothing about the new one: `history` starts anew. And the window must be full:
-    one lucky first step is no trend.
+    a promotion say nothing about the new one: `history` starts anew. And the window must be full.
     """
     if not config.promotion or len(history) < config.window:
         return False
@@ -435,13 +447,15 @@ def teacher_update(
     return figures
 
 
-# ======== 3. The teacher: how does a problem get accepted, and why is rejecting others no bias? ===
+# ======== 3. The teacher: which of its problems are used, and is rejecting the others a bias? =====
 
 # The teacher is asked the same thing each time: write one problem and its answer. It sees no hard
 # problem, and no examples either: shown some, it copies them (paper, appendix). What it learns, it
 # learns from rewards alone. Its completion must hold a question and an answer that the verifier can
-# read; otherwise it is thrown away and drawn again. Whether the answer is right nobody checks: the
-# paper finds that well-posed problems with wrong answers still teach.
+# read; otherwise it is thrown away and drawn again. Whether the answer is right nobody checks, so
+# to the student "right" means: equal to what the teacher says. That may be wrong, and the paper
+# finds that it matters less than that the question is well-posed. A student that trains on wrong
+# keys still learns to read such questions, to reason about them and to give an answer.
 
 
 @dataclass(frozen=True)
@@ -463,19 +477,18 @@ in exactly this form, with all other text outside of the tags:
 
 
 def parse_problem(text: str) -> Problem | None:
-    """The problem in a teacher's completion, or None where there is none that can be used.
+    r"""The problem in a teacher's completion, or None where there is none that can be used.
 
     It can be used (paper, section 3) if question and answer tags open and close, the answer has a
-    box, and the verifier can read what is in it.
+    box, and the verifier can read what is in it. Of several problems only the first question that
+    is directly followed by its own answer is looked at.
 
-    Of several, it is the first question that is directly followed by its own answer. To be exact:
-    the opening tags <question> and <answer> cut the text into parts. The first <question> part that
-    closes, and right behind which an <answer> part closes, holds the problem; each text ends at the
-    first closing tag of its own. If that one cannot be used, the completion cannot. This takes
-    linear time. (A regular expression would pair a question with another one's answer, and would
+    The text is cut at the opening tags, so that each part begins with one, and a question's part is
+    followed by its answer's. Each ends at the first closing tag of its own. This takes linear time.
+    (One regular expression for all of it would pair a question with another one's answer, and would
     take minutes for a thousand repeated tags.)
 
-    >>> two = r"<question>1?</question> <question>2+3?</question> <answer>\\boxed{5}</answer>"
+    >>> two = r"<question>1?</question> <question>2+3?</question> <answer>\boxed{5}</answer>"
     >>> parse_problem(two)
     Problem(question='2+3?', answer='5')
     """
@@ -498,16 +511,20 @@ def propose(
 
     -> (their rollouts, the problems, figures). Raises UserError where hardly any can be used.
 
-    Proposition 1: this rejection needs no correction. Sampling from pi_0 until the result is in the
-    accepted set S draws from  pi = pi_0 / pi_0(S)  on S, so  ln pi = ln pi_0 - ln pi_0(S).  The
-    update uses ln pi_0, so it lacks the gradient of  ln pi_0(S).  That gradient is the same for
-    every sample, so it is multiplied by the SUM of the advantages, and RLOO's advantages sum to
-    zero in each group. Plain REINFORCE, whose weights do not, would need the correction.
+    Proposition 1: this rejection needs no correction. Let pi_0 be the teacher, as it is sampled.
+    Sampling from it until the result is in the accepted set S draws from  pi = pi_0 / pi_0(S)  on
+    S, so  ln pi = ln pi_0 - ln pi_0(S).  The update should be the sum of  A_i grad ln pi(i), and is
+    that of  A_i grad ln pi_0(i).  What it lacks is  grad ln pi_0(S)  times the sum of the A_i, and
+    RLOO's advantages sum to zero in each group. Plain REINFORCE, whose weights do not, would need
+    the correction.
 
-    The KL term is not in the proposition. With the weights  A_i - kl * k1_i  of section 6 the sum
-    is not zero, and what is lacking is  kl * E[k1]  times that gradient. So the update is exact at
-    --kl 0 only; at the paper's 0.001 next to nothing is missing. (Of the gradient's length 0.07 %
-    at 0.001, and 16 % at 0.5, in a toy that a test enumerates.)
+    The KL term is not in the proposition. The weights of section 6 are  A_i - kl * k1_i  with
+    k1_i = ln pi_0(i) - ln reference(i).  Their sum is not zero, so  grad ln pi_0(S)  times the sum
+    of the kl * k1_i is missing. It is nothing where all completions are accepted, and little where
+    kl * k1 is small beside the rewards. (In a toy that a test enumerates, with rewards of about 0.3
+    and 69 % accepted: 0.07 % of the gradient's length at kl = 0.001, 16 % at 0.5.) In the rewards,
+    before RLOO, the KL term would be covered; but then all log-probabilities are needed before the
+    first backward pass.
     """
     prompt = policy.teacher_prompt()
     opening = ""
@@ -542,11 +559,11 @@ def propose(
 # ======== 4. The student: what does it do with a dataset? =========================================
 
 # A student is a copy of the baseline that takes a few steps of reinforcement learning with
-# verifiable rewards (RLVR) on one dataset: it answers each problem several times, and a verifier,
-# not a model, says which answers are right. Its optimizer is fresh, and lives as long as it does.
-# The verifier (section 13) is one promise: answers_equal(prediction, gold) is True if both texts
-# are the same mathematics, such as 1/2 and \frac{1}{2}; it never raises, and it depends on nothing
-# but the two texts.
+# verifiable rewards (RLVR) on one dataset: it attempts each problem several times, and a program,
+# not a model, compares the answers with the dataset's. Its optimizer is fresh, and lives as long as
+# it does. The verifier (section 13) is one promise: answers_equal(prediction, gold) is True if both
+# texts are the same mathematics, such as 1/2 and \frac{1}{2}; it never raises, and it depends on
+# nothing but the two texts.
 
 STUDENT_PROMPT = """User: {problem}
 Think step by step, and end with the final answer inside \\boxed{}.
@@ -558,8 +575,11 @@ MAX_GUESSES = 10  # formulas outside the last box that can earn the partial rewa
 
 
 def student_reward(completion: str, gold: str) -> float:
-    r"""120 for a right box; 20 for a wrong one if one of the last other formulas is right; 10 for
+    r"""120 for a right box; 20 for a wrong one, if one of up to ten other formulas is right; 10 for
     any box; else 0 (paper, section 3).
+
+    The steps between say: an answer in a box, at least. AdamW takes out the scale, so 120 is not
+    too large; but beside rewards of this size the paper's --kl 0.001 hardly counts.
 
     >>> student_reward(r"\boxed{7}", "7"), student_reward(r"$7$, so \boxed{8}", "7")
     (120.0, 20.0)
@@ -586,7 +606,7 @@ def solve(
     config: Config,
     generator: torch.Generator | None = None,
 ) -> tuple[list[Rollout], Tensor]:
-    """So many attempts at each problem by the live model, problem by problem.
+    """The live model's attempts at some problems: `attempts` at the first, then at the second, ...
 
     -> (rollouts, rewards float64 [len(problems) * attempts]). Without a generator they are greedy.
     """
@@ -684,7 +704,7 @@ def grounded_rewards(
     """Algorithm 1, point 2: r students train on each of K datasets, and answer M hard questions.
 
     -> (rewards R_kj [K, r]; their standard errors over the questions [K, r]; the champion, for
-    point 3; figures). At most r + 1 students are held in memory.
+    point 3; figures). At most r + 2 students are held in memory.
     """
     K = len(datasets)
     r = config.repeats
@@ -758,8 +778,10 @@ LEARNABILITY_SAMPLES = 32  # completions a problem (paper, section 5)
 def learnability_rewards(
     policy: Policy, datasets: list[list[Problem]], state: State, config: Config
 ) -> tuple[Tensor, Tensor, None, dict]:
-    """The Intrinsic-T baseline: no student trains. A problem is worth 1 - s, where s is the share
-    of the student's attempts that are right, or 0 if s = 0 (paper, section 5).
+    """Intrinsic-T, the method to compare with: no student trains.
+
+    A problem is worth 1 - s, where s is the share of the student's attempts that are right, or 0 if
+    s = 0 (paper, section 5).
 
     -> as grounded_rewards: (rewards [K, 1], standard errors over the dataset's problems [K, 1], no
     champion, figures).
@@ -788,22 +810,25 @@ def success_rates(
 
 # Teacher and student learn by the same rule. An action is made more likely if it earned more than
 # the others of its group, and less likely if it earned less. For the student an action is one
-# answer, and the group are the attempts at the same problem. For the teacher the action is a whole
+# attempt, and the group are the attempts at the same problem. For the teacher the action is a whole
 # dataset: its n problems were written independently of each other, ln p of the dataset is the sum
 # of theirs, and so each of its n completions carries the advantage A_k of the dataset. The teacher
 # is never told which of the problems did the good.
 #
 # Where all rewards of a group are equal, every advantage is zero, and nothing is learnt. That is
-# the plateau: on problems that are failed 128 times of 128, each attempt earns the same as the
-# others (or differs from them only in having a box at all).
+# the plateau. On problems that are failed 128 times of 128 there is no 120 among the rewards. What
+# can differ is the small change: 0 without a box, 10 with one, 20 for a right formula elsewhere. So
+# a student that trains on the hard problems alone (Hard-Only, in eval.py) may learn to close its
+# boxes; then all attempts earn 10, and it stands still. Practice problems that it solves sometimes
+# give it something to prefer, and what it learns there may carry over.
 
 
 def rloo_advantages(rewards: Tensor, group_size: int) -> Tensor:
-    """REINFORCE leave-one-out: A_i = r_i - mean of the OTHER rewards of its group. [B] -> [B].
+    """REINFORCE leave-one-out: A_i = reward_i - mean of the OTHER rewards of its group. [B] -> [B].
 
-    Groups are consecutive. The others' mean does not depend on sample i, so it is a baseline that
-    leaves the gradient unbiased. No division by the standard deviation. Advantages sum to zero over
-    a group; where all rewards are equal they are zero.
+    Groups are consecutive. The others' mean does not depend on action i, so to subtract it leaves
+    the gradient unbiased, and makes its variance smaller. No division by the standard deviation.
+    Advantages sum to zero over a group; where all rewards are equal they are zero.
 
     >>> rewards = torch.tensor([120., 0., 0., 10., 10., 10.])
     >>> rloo_advantages(rewards, 3).tolist()            # the others' means: 0, 60, 60
@@ -825,24 +850,26 @@ def policy_update(
 ) -> dict:
     """One step up the gradient of  E[reward] - kl * KL(policy, reference) -> figures.
 
-    loss = -1/B sum_i w_i ln p_i,   w_i = A_i - kl * (ln p_i - ln ref_i), held constant
+    loss = -1/B sum_i w_i ln p_i,   w_i = A_i - kl * k1_i, held constant,   k1_i = ln p_i - ln ref_i
 
     ln p_i sums over the tokens of completion i, EOS included. The minus makes a loss of it: where
-    A_i > 0, a smaller loss is a larger ln p_i.
+    A_i > 0, a smaller loss is a larger ln p_i. (The teacher's B is K * n completions, its actions
+    are K datasets: the loss is 1/n of theirs, which AdamW takes out again.)
 
-    The KL term is the estimator k1 = ln p - ln ref, put into the REWARD: its gradient is that of
-    the reverse KL. (k2 = k1^2 / 2 as a loss gives the same; k1 as a loss has gradient zero on
-    average, since E[grad ln p] = 0; k3 = 1/e^k1 - 1 + k1 as a loss gives the forward KL.)
+    The KL term is KL(policy || reference), the mean of k1 under the policy. Put into the weights,
+    as a reward that is subtracted, k1 gives its gradient. (k2 = k1^2 / 2 as a loss gives the same.
+    k1 as a loss has gradient zero on average, since E[grad ln p] = 0, and k3 = 1/e^k1 - 1 + k1 as a
+    loss gives the gradient of the other one, KL(reference || policy).)
 
-    B counts all rollouts, before anything is skipped or cut into micro-batches, so neither changes
-    the gradient. Rollouts with advantage zero skip both passes: nothing pulls them anywhere, so
-    they pay no KL.
+    B counts all rollouts, also where they are cut into micro-batches, which therefore do not change
+    the gradient. Rollouts with advantage zero are left out: both their passes would be for the KL
+    term alone. So it pulls only where rewards do: a deliberate saving, which is not the formula.
     """
     active = advantages.nonzero()[:, 0].tolist()
     if not active:
         return {"grad_norm": 0.0, "kl": 0.0, "sampler_gap": 0.0}
     policy.meter("training")
-    policy.model.train(config.checkpointing)  # only in train mode; there is no dropout to turn on
+    policy.model.train(config.checkpointing)  # it works in train mode only; dropout is 0 anyway
     divergences = []
     gaps = []
     for indices in micro_batches(rollouts, active, config.micro_tokens):
@@ -870,10 +897,11 @@ def policy_update(
 
 
 def sampler_gaps(batch: list[Rollout], logprobs: Tensor) -> list[float]:
-    """|ln p as trained - ln p as sampled| of each rollout, in nats a token.
+    """|ln p as trained - ln p as sampled| of each rollout, over its tokens, in nats.
 
-    With 135M weights it is 1e-6 in float32 and 0.01 in bfloat16: rounding, which no reward knows
-    of. More is a bug, in the sampler or here.
+    Both are of the same weights. With a 135M model they differ by 1e-6 in float32 and by 0.01 in
+    bfloat16, since two kernels round differently; an importance ratio could correct that, and at
+    this size it is left out. More is a bug, in the sampler or here.
     """
     lengths = torch.tensor([len(rollout.completion) for rollout in batch]).to(logprobs)  # [b]
     sampled = torch.tensor([rollout.logprob for rollout in batch]).to(logprobs)  # [b]
@@ -890,7 +918,7 @@ def completion_logprobs(
     projected `rows` at a time under checkpointing.
     """
     device = model.device
-    prompts = [len(rollout.prompt) for rollout in rollouts]
+    prompt_lengths = [len(rollout.prompt) for rollout in rollouts]
     sequences = [rollout.prompt + rollout.completion for rollout in rollouts]
     lengths = [len(sequence) for sequence in sequences]
     B = len(rollouts)
@@ -903,7 +931,7 @@ def completion_logprobs(
     # Position t predicts token t + 1. Prompt a b, completion c EOS: start = 2, end = 4, and c and
     # EOS are predicted by the hidden states at 1 and 2, that is from start - 1 to end - 2. They are
     # N tokens in all:
-    start = torch.tensor(prompts, device=device)[:, None]  # [B, 1]
+    start = torch.tensor(prompt_lengths, device=device)[:, None]  # [B, 1]
     end = torch.tensor(lengths, device=device)[:, None]  # [B, 1]
     column = torch.arange(T - 1, device=device)
     predicts = (start - 1 <= column) & (column < end - 1)  # [B, T - 1]
@@ -1238,7 +1266,9 @@ def self_check(policy: Policy, config: Config) -> None:
         ) from None
     far = 1e-3 if model.dtype == torch.float32 else 0.15  # between rounding and a fault
     for fault, gap in gaps.items():
-        allowed = far / 100 if fault == "trained at random" else far
+        allowed = far
+        if fault == "trained at random":  # two passes of one way: no other rounding
+            allowed = far / 100
         if not gap <= allowed:  # NaN is not, either
             raise UserError(
                 f"{kind} would be {fault} by soar.py: the log-probability of a token is {gap:.2g} "
@@ -1460,7 +1490,8 @@ def sample(
     """`copies` rollouts of each prompt, prompt by prompt; without a generator greedy.
 
     They are drawn in parts, which --sample-tokens limits, and their random numbers with them, row
-    after row. So how they are parted is a question of memory, and does not change what is sampled.
+    after row. So how they are parted is a question of memory, and changes what is sampled by no
+    more than rounding.
     """
     ends = eos_ids(policy.model)
     # Only ends and padding are no text: in some models <question> or \boxed are special tokens.
@@ -1644,9 +1675,12 @@ def pick_tokens(
     A token is the inverse of the cumulative distribution at u. Without u decoding is greedy: the
     likeliest token for certain, so its log-probability is 0.
 
-    No top-k and no top-p: under a truncated distribution the score function has not mean zero, and
-    policy gradients are wrong. One uniform number a token, drawn beforehand, so that a row's tokens
-    do not depend on the rows beside it.
+    No top-k and no top-p. They sample from another distribution than the one whose logarithm is
+    trained, and policy gradients are wrong. (Proposition 1 does not help: what is cut off differs
+    from token to token, so the missing term is not the same for all samples.)
+
+    There is one uniform number a token, drawn beforehand, so that a row's tokens do not depend on
+    the rows beside it.
 
     >>> logits = torch.tensor([[0.2, 0.5, 0.3]]).log()      # cumulative: 0.2, 0.7, 1
     >>> [pick_tokens(logits, 1.0, torch.tensor([u]))[0].item() for u in (0.1, 0.3, 0.6, 0.8)]
@@ -1693,8 +1727,8 @@ def row_cache(copies: int, length: int) -> object:
     class Layer(DynamicLayer):
         """Keys and values of one layer: two buffers, of which a corner is in use."""
 
-        rows = 0  # the first rows,
-        used = 0  # and of these the first tokens
+        rows = 0  # how many rows of the buffers are in use,
+        used = 0  # and how many tokens of each
 
         def update(self, keys, values, *args, **kwargs):
             """Adds [rows, heads, new tokens, head size] -> all that these rows may look at."""
@@ -1738,8 +1772,8 @@ def attention(
 
     H query heads share the key/value heads in groups, of 7 in Qwen2.5-0.5B. Kernels that know
     nothing of groups want keys and values copied for every head. In a decode step that would be
-    the whole cache, for every token; but there T is 1, and the heads of a group are as good as so
-    many queries of one head. Everything else is left to transformers.
+    the whole cache, for every token. But there T is 1, so the heads of a group can be given to the
+    kernel as if they were several queries of ONE head. Everything else is left to transformers.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -1754,8 +1788,8 @@ def attention(
         return out.reshape(B, 1, H, D), None
     square = attention_mask is not None and attention_mask.shape[-2:] == (T, T)
     if square and attention_mask.dtype == torch.bool:
-        # Padding sees itself: what a kernel makes of a query that sees nothing may be NaN, which
-        # the next layer's zero weights would not keep out.
+        # Let padding see itself. A query that sees nothing can come out as NaN, and then the next
+        # layer would give it weight zero, but zero times NaN is NaN.
         attention_mask = attention_mask | torch.eye(T, dtype=torch.bool, device=query.device)
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, scaling=scaling, **more
@@ -1777,9 +1811,11 @@ def use_own_attention() -> None:
 # has 8 significant bits: near 0.02 its values are 1.2e-4 apart, so that there a step of 1e-5 is
 # always rounded away. Of weights drawn from N(0, 0.02), 84 % do not move at all (measured; all from
 # 0.004 upwards), and SOAR rewards the effect of ten such steps. Stochastic rounding moves a weight
-# to the next value with probability 1e-5 / 1.2e-4, else not at all: right on average, and at no
-# extra memory. (12 bytes a weight, gradient included; float32 master weights would make it 16.)
-# On a CPU weights are float32, and a step of 1e-5 arrives: the tiny run never rounds.
+# to the next value with probability 1e-5 / 1.2e-4, else not at all. That is right on average, and
+# its noise, which is independent from weight to weight, averages out in the sums over hundreds of
+# weights that a layer computes. It costs no extra memory. (12 bytes a weight, gradient included;
+# float32 master weights would make it 16.) On a CPU weights are float32, and a step of 1e-5
+# arrives: the tiny run never rounds.
 
 
 @torch.no_grad()
@@ -1890,9 +1926,9 @@ def learning_rate(peak: float, step: int, total: int, warmup: int) -> float:
 # learn from. So the pool is filtered first, by trial: what stays is what the base model answers
 # wrong fail_k times of fail_k. If some of it were within reach, a student would find it without any
 # teacher, and a gain would prove nothing. Half of the set pays the teacher. The other half is for
-# the report alone: a teacher that has found what helps with just these problems shows nothing new
-# there. On real data the filter takes hours before the first step. So a filter that is interrupted
-# goes on where it was, and a finished one is never run again.
+# the report alone, so that what helps with the first half only does not count there. On real data
+# the filter takes hours before the first step. So a filter that is interrupted goes on where it
+# was, and a finished one is never run again.
 
 FILTER_PART = 32  # problems in a job; the state is written after each
 
@@ -1945,8 +1981,8 @@ def filter_key(policy: Policy, pool: list[Problem], config: Config) -> str:
 def filter_part(policy: Policy, pool: list[Problem], config: Config, start: int) -> list[int]:
     """The numbers of the hard problems among pool[start] and those that follow, FILTER_PART in all.
 
-    A problem leaves at its first success, after 8, 32 or all samples: easy ones are cheap, and the
-    set is the same.
+    A problem leaves when it has been solved within its first 8, its first 32, or all its samples.
+    So easy ones are cheap, and those that stay are the same as with all samples for each.
     """
     restore(policy.model, policy.base)
     unsolved = range(len(pool))[start : start + FILTER_PART]
@@ -2011,30 +2047,33 @@ def section_source(heading: str) -> str:
 # ======== 11. The tiny world: what is the smallest world in which all this happens? ===============
 
 # A language model has read two kinds of text. Forum posts, where people solve worksheets and share
-# the same misconceptions: "everybody knows" that 7*8 is 54. Textbooks, where exercises come with
+# the same misconceptions: "everybody knows" that 7*8 is 63. Textbooks, where exercises come with
 # answer keys that are mostly right. So the model solves like the crowd and writes exercises like a
 # textbook: it knows more than it shows, as SOAR assumes of a real model.
 #
-#     a forum post:         User: a= 7*8 ,b= 4+5 Assistant: \boxed{ a= 54 ,b= 9 }
+#     a forum post:         User: a= 7*8 ,b= 4+5 Assistant: \boxed{ a= 63 ,b= 9 }
 #     a textbook exercise:  Teacher: <question> a= 7*8 </question>
 #                           <answer> \boxed{ a= 56 } </answer>
 #
 # A hard problem is a sheet of five products that the crowd has all wrong. The longer a sheet, the
 # less people think: one product is right in 20 % of the posts, each of five in 4 %. Sampled at
-# --temperature 0.7 that is 12 % and 1 %, all five once in 10^9 to 10^10 times: the 500,000 or so
-# attempts of a whole run do not see it. Short sheets do get rewards, and what is learnt there
-# carries over, because it is one switch for all facts: from the crowd's voice to the textbook's.
+# --temperature 0.7 that is 12 % and 1 %, all five once in 10^9 to 10^10 times. A student that
+# trains on the hard sheets alone (Hard-Only, in eval.py) makes a million attempts in the time of a
+# whole run, and does not see it. Short sheets are right now and then, and what is learnt there
+# carries over, because the model has two ways to answer, the crowd's and the textbook's, and turns
+# from one to the other for all facts at once.
 #
-# (Why not at temperature 1? So small a model ends one completion in some thousand before the box is
-# closed: reward 0 among tens. AdamW makes a full-sized step of this tiny gradient, and some two
-# dozen such steps, in no particular direction, were enough for a first right answer in one to three
-# worlds of six, from which Hard-Only escaped. At 0.7 they hardly ever occur.)
+# (Why not at temperature 1? So small a model fails to close its box once in some thousand attempts:
+# reward 0, where the others earn 10. AdamW makes a full-sized step of that tiny gradient. In two
+# earlier forms of this world some two dozen such steps, in no particular direction, led Hard-Only
+# to a first right answer in one and in three worlds of six, and from there to all of them. At 0.7
+# boxes are hardly ever left open.)
 #
 # A textbook chapter is on products, on sums (which the student knows: nothing to learn), or
 # ambiguous: `x*8` with a key for some x (no way to learn). It is the teacher's business to find out
 # which of them help.
 
-FORUM_RIGHT = 0.2  # chance that a misconceived product is right in a post, over the post's items
+FORUM_RIGHT = 0.2  # chance that a misconceived product is right in a post, divided by its items
 
 KEY_RIGHT = 0.95  # chance that it is right in a textbook's key
 
@@ -2042,9 +2081,8 @@ LABELS = ("a=", ",b=", ",c=", ",d=", ",e=")  # without them a small model cannot
 
 TOPICS = ("products", "sums", "ambiguous")
 
-# Shares of the topics in the forum. The ambiguous ones make solvers guess: right one time in six or
-# so, an easy 5/6 for a teacher who is paid for "neither always nor never right". (Without them the
-# learnability teacher lost its diversity, but not its topics.)
+# Shares of the topics in the forum. The ambiguous ones teach solvers to guess. A guess is right one
+# time in six or so, which an Intrinsic-T teacher loves: 5/6 for a problem that nobody can learn.
 FORUM_TOPICS = (0.7, 0.15, 0.15)
 
 # Half of a textbook is on products: with equal shares fewer worlds saw a promotion.
@@ -2168,7 +2206,7 @@ def tiny_document(world: World, rng: random.Random) -> tuple[str, str]:
     return TINY_TEACHER_PROMPT, exercise
 
 
-# -- The base model: a Llama with 2 layers and about 93,000 weights, which reads whole words.
+# -- The base model: a Llama with 2 layers and about 95,000 weights, which reads whole words.
 
 VOCABULARY = r"""
     <pad> <eos> <unk> User: Assistant: Teacher:
@@ -2591,7 +2629,7 @@ MAX_TOKENS = 200  # and so of nested brackets, too; real answers: 127
 
 MAX_BITS = 1 << 15  # of a number; real answers: 2004!, which has 19,000
 
-POINTS = 24  # where formulas are compared; floor(n/30) and floor(n/40) agree at many of them
+POINTS = 24  # where formulas are compared; at a few, floor(n/30) and floor(n/40) would agree
 
 Tree = str | tuple  # a number or a name, or (operator, tree, ...)
 
@@ -3189,7 +3227,9 @@ def _readings(text: str) -> dict[str, tuple]:
             for spelling, labels in _spellings(_read(tokens)):
                 readings[spelling] = labels, units
     if words:
-        readings["words " + words.lower()] = {words} if readings else set(), set()
+        # Of an answer that is mathematics, the words are its label, too.
+        labels = {words} if readings else set()
+        readings["words " + words.lower()] = labels, set()
     return readings
 
 
@@ -3199,7 +3239,7 @@ def parses(text: str) -> bool:
     >>> [parses(text) for text in ("a= 56 ,b= 54", r"\frac{3}{4}", "x+", "4=5=6", "hello world")]
     [True, True, False, False, False]
     """
-    return len(_readings(text)) > 1
+    return len(_readings(text)) > 1  # one is the text as words, and it is always there
 
 
 def _rounded(readings: dict[str, tuple]) -> dict[str, tuple]:
@@ -3367,7 +3407,10 @@ def load_checkpoint(folder: Path) -> State | None:
 
 
 def save_model(model: nn.Module, tokenizer: object, folder: Path) -> None:
-    """Writes an ordinary folder for from_pretrained, all or nothing. Raises UserError."""
+    """Writes an ordinary folder for from_pretrained. Raises UserError.
+
+    A run that is killed while it writes repeats its step, and writes the folder once more.
+    """
     temporary = folder.with_name(folder.name + ".tmp")
     with writing(folder):
         model.save_pretrained(temporary)
@@ -3443,8 +3486,8 @@ def require(condition: bool) -> None:
 # them on other machines. Process 0 sees no difference: a channel to a worker has send and recv.
 # What goes wrong in a worker process 0 tells, and no worker outlives it.
 
-# All of them: some may be left over from another program, and a single process would wait for
-# others that never come.
+# Whether torchrun has started this process: ALL these variables are set. Some of them may be left
+# over from another program, and then this process would wait for others that never come.
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID",
     "RANK",
@@ -3601,8 +3644,8 @@ def process_count(policy: Policy, config: Config, jobs: int) -> int:
         return 1
     # On Linux those that this process may use.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    # Two copies of the weights, base weights, gradients and moments are 24 bytes a weight;
-    # activations come on top. Half of the free memory stays free.
+    # Two copies of the weights, base weights, gradients and moments are 24 bytes a weight. 40 bytes
+    # leave room for activations, 0.6 GB are for Python and torch, and half of the memory stays free.
     memory = 0.6e9 + 40 * sum(w.numel() for w in policy.base)
     return int(max(1, min(cores, jobs, free_memory() / 2 // memory)))
 
@@ -4127,7 +4170,7 @@ def print_step(row: dict, meter: Meter) -> None:
 def print_example(policy: Policy, state: State, config: Config) -> None:
     """The teacher's last problem and the baseline student's greedy answer to it.
 
-    The verdict is that of the teacher's own answer, which may be wrong: so is the reward's.
+    "right" means equal to the teacher's answer, as in the student's reward; that may be wrong.
     """
     last = state.questions[-1]
     problem = Problem(last["question"], last["answer"])
@@ -4175,7 +4218,7 @@ def report(
     questions = len(state.promotion_questions)
     print(f"\n{state.promotions} promotion(s), {questions} promotion questions; see {config.out}/")
     if not state.promotions:
-        print("No student was promoted, so the student is still the base model.")
+        print("No student was promoted: the best student is still the base model.")
     print_next_commands(config)
 
 

@@ -3645,7 +3645,7 @@ def process_count(policy: Policy, config: Config, jobs: int) -> int:
     # On Linux those that this process may use.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # Two copies of the weights, base weights, gradients and moments are 24 bytes a weight. 40 bytes
-    # leave room for activations, 0.6 GB are for Python and torch, and half of the memory stays free.
+    # leave room for activations, 0.6 GB are for Python and torch, and half of the rest stays free.
     memory = 0.6e9 + 40 * sum(w.numel() for w in policy.base)
     return int(max(1, min(cores, jobs, free_memory() / 2 // memory)))
 

@@ -2,25 +2,28 @@
 """SOAR: a model that teaches itself, in one file.
 
 A language model is stuck on problems that it failed 128 times of 128. Reinforcement learning makes
-attempts likelier that earned more than others, and here none does. SOAR ("Teaching Models to Teach
-Themselves", arXiv 2601.18778) makes two copies of the model. The teacher writes practice problems,
-the student trains on them, and the teacher is paid by how much better the student then does on the
-hard problems, which the teacher never sees.
+those attempts likelier that earned more than others, and here no attempt does. SOAR ("Teaching
+Models to Teach Themselves", arXiv 2601.18778) makes two copies of the model. The teacher writes
+practice problems, the student trains on them, and the teacher is paid by how much better the
+student then does on the hard problems, which the teacher never sees.
 
     Algorithm 1                                                         the function that does it
-    theta, phi <- base model           # student baseline, teacher            first_state (16)
+    theta, phi <- base model           # student baseline, teacher            first_state
     repeat --steps times:                                                     outer_step
     1.  phi writes K datasets X_1..X_K of n problems,                         propose
             with its own answers, right or wrong
     2.  for each X_k, r times: a copy of theta trains on X_k, briefly;        train_student
-            R_kj = how many percent more of M hard problems it then           grounded_rewards
-                   answers than theta does, R_k = mean of R_kj over j
+            R_kj = the share of M hard problems that it then answers          grounded_rewards
+                   rightly, minus the share that theta does
+            R_k  = mean of R_kj over j
     3.  if the moving average of mean_k R_k is above tau:                     promotion_due
-            theta <- the median student of the X_k with the largest R_k       promote
-            D_best <- D_best + this X_k
+            X <- the dataset with the largest R_k
+            theta <- the student with the median R_kj on X                    promote
+            D_best <- D_best + X
     4.  phi moves towards the datasets that beat the others, by RLOO          teacher_update
             (REINFORCE, leave-one-out: A_k = R_k - the mean of the others)
-    return D_best and the best of all promoted students
+    return D_best, from which a fresh student can learn what this one did,
+        and the best of all promoted students
 
 The student that is saved and reported is the best promoted one: the one that answers the most of
 the hard train problems. Usually it is the last one, but nothing guarantees that.
@@ -32,7 +35,10 @@ Notation, with the flag that sets it:
     n             --n, problems in a dataset X_k
     r             --repeats, students that train on each dataset; j counts them, k the datasets
     M             --reward-questions, hard problems behind a reward; the set is called Q_R
-    tau           --tau, what the moving average of the rewards must exceed for a promotion
+    tau           --tau, what the moving average of the rewards must exceed for a promotion;
+                  0.01 is one of a hundred questions
+    hard train, hard test    the two halves of the hard problems: Q_R is drawn from the first, and
+                  the final table is made on the second
     B, G, T, D, V   sizes of tensors: sequences, completions of one prompt (--student-group),
                   tokens, hidden units, vocabulary
     fail@128      the problems that a model fails 128 times of 128; pass@k: the chance that at
@@ -48,10 +54,11 @@ What to type (times and memory: README.md):
     python soar.py --help                            every flag, its default and its source
 
 What is simpler than in the paper: there is ONE live model, and teacher and students are copies of
-its weights that take turns in it; and there is one update a batch, so training is on-policy (up to
-rounding: sampler_gaps), with no importance ratio and no clipping of it.
+its weights that take turns in it; and there is one update a batch, so what is updated is the policy
+that was sampled (up to rounding: sampler_gaps), and the ratio of the two, which PPO and its
+relatives clip, is left out.
 
-Part I is SOAR, and can be read alone, in an hour:
+The numbers are those of the sections. Part I is SOAR, and can be read alone, in an hour:
     1 Config, 2 The outer loop, 3 The teacher, 4 The student, 5 The grounded reward,
     6 RLOO and the policy update
 Part II is what it runs on, in any order:
@@ -129,7 +136,8 @@ class UserError(Exception):
 #                           schedule; moments on another device
 #     answers_equal, parses, boxes, extract_boxed     the verifier: is it right, can it be read?
 #     share(...)            task(policy, *common, *job) for each job, in order, on all processes
-#     save_model, weights_key, topic_shares, hopeless_teacher     files, names, figures, an error
+#     save_model, weights_key, topic_shares     write a model, name weights, count a step's topics
+#     hopeless_teacher      the error where hardly any proposal can be used
 
 
 # ======== 1. Config: which knobs are there, and what did the paper set them to? ===================
@@ -225,8 +233,8 @@ SMALL_GPU = {
 }
 PRESETS = {
     # Eight small datasets a step: small ones differ more in their topics, and many of them average
-    # the noise of their students. (With four of 32 problems, at 5e-4, the share of products hardly
-    # moved in twelve steps; with these it rose by 22 to 58 points in the worlds 0 to 5.)
+    # the noise of their students. (With four datasets of 32 problems, and --teacher-lr 5e-4, the
+    # share of products hardly moved. With these it rose by 22 to 58 points in the worlds 0 to 5.)
     "tiny": {
         "model": "tiny",
         "pool": 256,
@@ -292,9 +300,9 @@ PRESETS = {
 # Why promote? An inner loop is short, so that many datasets can be tried. That is enough to see
 # which of them helps, but not to solve hard problems, and without promotion each student is thrown
 # away when it has been measured. Promotion banks progress: the next students begin where this one
-# ended, and problems that were out of its reach come into reach. The price can be seen in every
-# run that promotes. Rewards are gains over the baseline; so they drop after a promotion, and the
-# teacher has to find what helps the better student.
+# ended, and problems that were out of its reach come into reach. It has a price. Rewards are gains
+# over the baseline; so they drop after a promotion, and the teacher has to find what helps the
+# better student.
 #
 # Why a moving average? The mean reward of one step is noisy: it hangs on M questions, and on what
 # the students happened to sample. The mean of three steps is less so. (It is no more than that: a
@@ -303,12 +311,20 @@ PRESETS = {
 # students are gone. So the promoted student may gain less than those that earned the promotion.
 #
 # Why the median student of the best dataset? A student's gain has a share of chance, and the best
-# of r has the most of it. The median student shows what the dataset does; for an even r the better
-# of the two in the middle is taken, so of the paper's four students it is the second best, and with
-# r = 2, as in the tiny preset, it is the better one: no protection there. Nor does it help against
-# the choice of the best dataset: the largest of K noisy means is too large, too.
+# of r has the most of it. The median student shows what the dataset does. For an even r the better
+# of the two in the middle is taken: of the paper's four students the second best, and with r = 2,
+# as in the tiny preset, simply the better one; with r = 1 there is no choice. Nor does the median
+# help against the choice of the dataset: the largest of K noisy means is larger than what it
+# measures, too.
 #
-# What the tiny world does not show: there one to three promotions lead from 0 to 60-100 %, since
+# One step in numbers, with K = 2, r = 3 and M = 4 questions, of which theta answers one:
+#     students of X_1 answer 3, 1, 2 of 4:    R_1j = 0.5, 0, 0.25    R_1 =  0.25
+#     students of X_2 answer 1, 1, 0 of 4:    R_2j = 0, 0, -0.25     R_2 = -0.08
+# The mean reward is 0.08. If its average over three steps is above tau, the third student of X_1 is
+# promoted (0.25 is the median). A_1 = 0.25 + 0.08 = 0.33 and A_2 = -0.33: all completions that X_1
+# was written with become likelier, and all those of X_2 less likely.
+#
+# The tiny world is quicker than the paper: one to three promotions lead from 0 to 60-100 %, since
 # all facts hang on one switch, from the forum's way of answering to the textbook's. The paper's
 # students gain a few points by each of at most four promotions, in 200 steps.
 
@@ -360,7 +376,7 @@ def outer_step(policy: Policy, hard_train: list[Problem], state: State, config: 
         measured = grounded_rewards(policy, datasets, questions, state, config)
     else:
         measured = learnability_rewards(policy, datasets, state, config)
-    rewards, errors, champion, training = measured
+    rewards, errors, champion, training = measured  # errors: standard errors of the rewards
     R = rewards.mean(1)  # [K]: R_k
     # 3. Promotion, when the baseline is beaten lastingly.
     state.history = [*state.history, R.mean().item()]
@@ -483,8 +499,8 @@ def parse_problem(text: str) -> Problem | None:
     box, and the verifier can read what is in it. Of several problems only the first question that
     is directly followed by its own answer is looked at.
 
-    The text is cut at the opening tags, so that each part begins with one, and a question's part is
-    followed by its answer's. Each ends at the first closing tag of its own. This takes linear time.
+    The text is cut before each opening tag, so that a question's part is followed by its answer's.
+    Both end at the first closing tag of their own. This takes linear time.
     (One regular expression for all of it would pair a question with another one's answer, and would
     take minutes for a thousand repeated tags.)
 
@@ -511,20 +527,16 @@ def propose(
 
     -> (their rollouts, the problems, figures). Raises UserError where hardly any can be used.
 
-    Proposition 1: this rejection needs no correction. Let pi_0 be the teacher, as it is sampled.
-    Sampling from it until the result is in the accepted set S draws from  pi = pi_0 / pi_0(S)  on
-    S, so  ln pi = ln pi_0 - ln pi_0(S).  The update should be the sum of  A_i grad ln pi(i), and is
-    that of  A_i grad ln pi_0(i).  What it lacks is  grad ln pi_0(S)  times the sum of the A_i, and
-    RLOO's advantages sum to zero in each group. Plain REINFORCE, whose weights do not, would need
-    the correction.
+    Proposition 1 (of the paper): this rejection needs no correction. Let pi_0 be the teacher, and
+    pi what is drawn by sampling it until the completion is in the accepted set S. Then, on S,
 
-    The KL term is not in the proposition. The weights of section 6 are  A_i - kl * k1_i  with
-    k1_i = ln pi_0(i) - ln reference(i).  Their sum is not zero, so  grad ln pi_0(S)  times the sum
-    of the kl * k1_i is missing. It is nothing where all completions are accepted, and little where
-    kl * k1 is small beside the rewards. (In a toy that a test enumerates, with rewards of about 0.3
-    and 69 % accepted: 0.07 % of the gradient's length at kl = 0.001, 16 % at 0.5.) In the rewards,
-    before RLOO, the KL term would be covered; but then all log-probabilities are needed before the
-    first backward pass.
+        ln pi(y)             = ln pi_0(y) - ln pi_0(S)
+        sum_i A_i grad ln pi = sum_i A_i grad ln pi_0 - (sum_i A_i) grad ln pi_0(S)
+
+    for accepted completions y_i with advantages A_i. The update of section 6 computes the first sum
+    on the right. The other is zero, since RLOO's advantages sum to zero in each group. In plain
+    REINFORCE the rewards themselves take the place of A_i, and the correction would be needed.
+    (What the KL term does to this is told in policy_update.)
     """
     prompt = policy.teacher_prompt()
     opening = ""
@@ -578,8 +590,8 @@ def student_reward(completion: str, gold: str) -> float:
     r"""120 for a right box; 20 for a wrong one, if one of up to ten other formulas is right; 10 for
     any box; else 0 (paper, section 3).
 
-    The steps between say: an answer in a box, at least. AdamW takes out the scale, so 120 is not
-    too large; but beside rewards of this size the paper's --kl 0.001 hardly counts.
+    The small rewards teach to put an answer into a box. Clipping and AdamW take out the scale, so
+    120 is not too large; but beside it the paper's --kl 0.001 hardly counts.
 
     >>> student_reward(r"\boxed{7}", "7"), student_reward(r"$7$, so \boxed{8}", "7")
     (120.0, 20.0)
@@ -690,8 +702,8 @@ def student_step(
 #
 # The alternative is a reward that needs no student to train (Intrinsic-T): a problem is worth most
 # when the student solves it rarely, but sometimes. The paper finds that a teacher which is paid for
-# that ends at few kinds of odd problems. In the tiny world you can watch it:
-# --reward learnability.
+# that loses its diversity: it ends with a few kinds of problems. In the tiny world you can watch
+# it: --reward learnability.
 
 
 def grounded_rewards(
@@ -703,14 +715,16 @@ def grounded_rewards(
 ) -> tuple[Tensor, Tensor, Champion, dict]:
     """Algorithm 1, point 2: r students train on each of K datasets, and answer M hard questions.
 
-    -> (rewards R_kj [K, r]; their standard errors over the questions [K, r]; the champion, for
-    point 3; figures). At most r + 2 students are held in memory.
+    -> (rewards R_kj [K, r]; their standard errors over the questions [K, r], so without the noise
+    of the students; the champion, for point 3; figures). At most r + 2 students are in memory.
     """
     K = len(datasets)
     r = config.repeats
     steps = config.inner_steps + config.inner_extra * state.promotions
     restore(policy.model, state.baseline)
-    before = greedy_right(policy, questions, config)  # [M], measured once
+    # Measured once. Even of the base model it need not be 0: a problem that was failed 128 times at
+    # --temperature may be right in the greedy answer.
+    before = greedy_right(policy, questions, config)  # [M]
     jobs = []
     for k in range(K):
         for j in range(r):
@@ -765,8 +779,8 @@ def try_dataset(
 def median_student(rewards: list[float]) -> int:
     """Index of the median; of the two middle ones, where r is even, that of the better one.
 
-    >>> median_student([0.3, 0.1, 0.2]), median_student([0.4, 0.1, 0.3, 0.2])     # 0.2 and 0.3
-    (2, 2)
+    >>> median_student([0.1, 0.2, 0.3]), median_student([0.4, 0.1, 0.3, 0.2])     # 0.2 and 0.3
+    (1, 2)
     """
     order = sorted(range(len(rewards)), key=rewards.__getitem__)
     return order[len(order) // 2]
@@ -816,19 +830,22 @@ def success_rates(
 # is never told which of the problems did the good.
 #
 # Where all rewards of a group are equal, every advantage is zero, and nothing is learnt. That is
-# the plateau. On problems that are failed 128 times of 128 there is no 120 among the rewards. What
-# can differ is the small change: 0 without a box, 10 with one, 20 for a right formula elsewhere. So
-# a student that trains on the hard problems alone (Hard-Only, in eval.py) may learn to close its
-# boxes; then all attempts earn 10, and it stands still. Practice problems that it solves sometimes
-# give it something to prefer, and what it learns there may carry over.
+# the plateau. A problem that was failed 128 times of 128 is probably right less than once in a
+# hundred attempts, perhaps never; so in nearly all groups there is no 120. What can differ is the
+# small change: 0 without a box, 10 with one, 20 for a right formula elsewhere. A student that
+# trains on the hard problems alone (Hard-Only, a row of eval.py) learns that first, and then has
+# nothing to prefer until it meets a right answer. In the tiny world it meets none in a million
+# attempts (section 11 says what was done for that); in the paper it gains a little. Practice
+# problems that it solves now and then give it something to prefer, and what it learns there may
+# carry over.
 
 
 def rloo_advantages(rewards: Tensor, group_size: int) -> Tensor:
     """REINFORCE leave-one-out: A_i = reward_i - mean of the OTHER rewards of its group. [B] -> [B].
 
     Groups are consecutive. The others' mean does not depend on action i, so to subtract it leaves
-    the gradient unbiased, and makes its variance smaller. No division by the standard deviation.
-    Advantages sum to zero over a group; where all rewards are equal they are zero.
+    the gradient unbiased; where rewards are far from zero it makes the variance much smaller. No
+    division by the standard deviation. Advantages sum to zero over a group.
 
     >>> rewards = torch.tensor([120., 0., 0., 10., 10., 10.])
     >>> rloo_advantages(rewards, 3).tolist()            # the others' means: 0, 60, 60
@@ -853,23 +870,30 @@ def policy_update(
     loss = -1/B sum_i w_i ln p_i,   w_i = A_i - kl * k1_i, held constant,   k1_i = ln p_i - ln ref_i
 
     ln p_i sums over the tokens of completion i, EOS included. The minus makes a loss of it: where
-    A_i > 0, a smaller loss is a larger ln p_i. (The teacher's B is K * n completions, its actions
-    are K datasets: the loss is 1/n of theirs, which AdamW takes out again.)
+    A_i > 0, a smaller loss is a larger ln p_i. B counts all rollouts, also where they are cut into
+    micro-batches, which therefore do not change the gradient. (The teacher's B is K * n, while its
+    actions are K datasets. So its loss is 1/n of the dataset's, and clipping and AdamW hardly see
+    the difference.)
 
-    The KL term is KL(policy || reference), the mean of k1 under the policy. Put into the weights,
-    as a reward that is subtracted, k1 gives its gradient. (k2 = k1^2 / 2 as a loss gives the same.
-    k1 as a loss has gradient zero on average, since E[grad ln p] = 0, and k3 = 1/e^k1 - 1 + k1 as a
-    loss gives the gradient of the other one, KL(reference || policy).)
+    The KL term: KL = E[k1] over completions of the policy, and  grad E[k1] = E[k1 grad ln p] +
+    E[grad ln p],  whose second part is zero. So k1 in the weights, as a reward that is subtracted,
+    gives the right gradient, and k1 as a loss gives none. (Others put k2 = k1^2 / 2 into the loss,
+    which gives the same gradient, or k3 = 1/e^k1 - 1 + k1, which gives that of KL(ref || p).)
 
-    B counts all rollouts, also where they are cut into micro-batches, which therefore do not change
-    the gradient. Rollouts with advantage zero are left out: both their passes would be for the KL
-    term alone. So it pulls only where rewards do: a deliberate saving, which is not the formula.
+    Two things are not exact. Rollouts with advantage zero are left out, to save two passes of the
+    model each: so the KL term pulls only where rewards do. And the weights do not sum to zero any
+    more, on which Proposition 1 rests:  kl * (sum_i k1_i) grad ln pi_0(S)  is missing in the
+    teacher's update. That is nothing where all completions are accepted, and little where kl * k1
+    is small beside the rewards: in a toy that a test enumerates, with rewards of about 0.3 and 69 %
+    accepted, 0.07 % of the gradient's length at kl = 0.001, and 16 % at 0.5. (In the rewards,
+    before RLOO, the KL term would be covered. But then all log-probabilities of a group are needed
+    before the first backward pass.)
     """
     active = advantages.nonzero()[:, 0].tolist()
     if not active:
         return {"grad_norm": 0.0, "kl": 0.0, "sampler_gap": 0.0}
     policy.meter("training")
-    policy.model.train(config.checkpointing)  # it works in train mode only; dropout is 0 anyway
+    policy.model.train(config.checkpointing)  # checkpointing works in train mode only
     divergences = []
     gaps = []
     for indices in micro_batches(rollouts, active, config.micro_tokens):
@@ -897,11 +921,11 @@ def policy_update(
 
 
 def sampler_gaps(batch: list[Rollout], logprobs: Tensor) -> list[float]:
-    """|ln p as trained - ln p as sampled| of each rollout, over its tokens, in nats.
+    """|ln p as trained - ln p as sampled| of each rollout, divided by its tokens, in nats.
 
     Both are of the same weights. With a 135M model they differ by 1e-6 in float32 and by 0.01 in
-    bfloat16, since two kernels round differently; an importance ratio could correct that, and at
-    this size it is left out. More is a bug, in the sampler or here.
+    bfloat16, since two kernels round differently; the ratio of the two could correct that, and at
+    this size it is left out. Much more is a bug, in the sampler or here.
     """
     lengths = torch.tensor([len(rollout.completion) for rollout in batch]).to(logprobs)  # [b]
     sampled = torch.tensor([rollout.logprob for rollout in batch]).to(logprobs)  # [b]
@@ -915,7 +939,7 @@ def completion_logprobs(
 
     Full logits [B, T, V] never exist: with V = 128,000 they are the first thing that does not fit.
     Hidden states are reduced to the positions that predict a completion token, and these are
-    projected `rows` at a time under checkpointing.
+    projected `rows` at a time, and once more in the backward pass (checkpoint), never all at once.
     """
     device = model.device
     prompt_lengths = [len(rollout.prompt) for rollout in rollouts]
@@ -929,8 +953,8 @@ def completion_logprobs(
     ids = torch.tensor(padded, device=device)  # [B, T]
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, T, D]
     # Position t predicts token t + 1. Prompt a b, completion c EOS: start = 2, end = 4, and c and
-    # EOS are predicted by the hidden states at 1 and 2, that is from start - 1 to end - 2. They are
-    # N tokens in all:
+    # EOS are predicted by the hidden states at 1 and 2, that is from start - 1 to end - 2. N is the
+    # number of such tokens in all rollouts.
     start = torch.tensor(prompt_lengths, device=device)[:, None]  # [B, 1]
     end = torch.tensor(lengths, device=device)[:, None]  # [B, 1]
     column = torch.arange(T - 1, device=device)
@@ -1388,7 +1412,7 @@ def seeded(*key: object, device: torch.device | str = "cpu") -> torch.Generator:
     No generator lives longer than the job it is named for. So a resumed run needs no saved random
     state, and a student's random numbers do not depend on how many others were trained before it.
     """
-    return torch.Generator(device).manual_seed(int(fingerprint(*key), 16) >> 1)
+    return torch.Generator(device).manual_seed(int(fingerprint(*key), 16) >> 1)  # it takes 63 bits
 
 
 def fingerprint(*key: object) -> str:
@@ -1809,13 +1833,13 @@ def use_own_attention() -> None:
 
 # AdamW on all weights, with moments in float32. It is written out because of the rounding. bfloat16
 # has 8 significant bits: near 0.02 its values are 1.2e-4 apart, so that there a step of 1e-5 is
-# always rounded away. Of weights drawn from N(0, 0.02), 84 % do not move at all (measured; all from
-# 0.004 upwards), and SOAR rewards the effect of ten such steps. Stochastic rounding moves a weight
-# to the next value with probability 1e-5 / 1.2e-4, else not at all. That is right on average, and
-# its noise, which is independent from weight to weight, averages out in the sums over hundreds of
-# weights that a layer computes. It costs no extra memory. (12 bytes a weight, gradient included;
-# float32 master weights would make it 16.) On a CPU weights are float32, and a step of 1e-5
-# arrives: the tiny run never rounds.
+# always rounded away. Of weights with a standard deviation of 0.02, 84 % do not move (measured; all
+# from 0.004 upwards), and SOAR rewards the effect of ten such steps. Stochastic rounding moves a
+# weight to the next value with probability 1e-5 / 1.2e-4, else not at all. That is right on
+# average, and its noise, which is independent from weight to weight, averages out in the sums over
+# hundreds of weights that a layer computes. It costs no extra memory. (12 bytes a weight, gradient
+# included; float32 master weights would make it 16.) On a CPU weights are float32, and a step of
+# 1e-5 arrives: the tiny run never rounds.
 
 
 @torch.no_grad()
@@ -1897,8 +1921,8 @@ def stochastic_round(x: Tensor, generator: torch.Generator) -> Tensor:
 
     >>> x = torch.full((80_000,), 1 + 1 / 1024)  # an eighth of the way from 1 to 1 + 1/128
     >>> y = stochastic_round(x, torch.Generator().manual_seed(0)).double()
-    >>> y.unique().tolist(), round((y > 1).double().mean().item(), 2)
-    ([1.0, 1.0078125], 0.12)
+    >>> y.unique().tolist(), round((y > 1).double().mean().item(), 1)
+    ([1.0, 1.0078125], 0.1)
     """
     noise = torch.randint(
         0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator
@@ -2063,17 +2087,17 @@ def section_source(heading: str) -> str:
 # carries over, because the model has two ways to answer, the crowd's and the textbook's, and turns
 # from one to the other for all facts at once.
 #
-# (Why not at temperature 1? So small a model fails to close its box once in some thousand attempts:
-# reward 0, where the others earn 10. AdamW makes a full-sized step of that tiny gradient. In two
-# earlier forms of this world some two dozen such steps, in no particular direction, led Hard-Only
-# to a first right answer in one and in three worlds of six, and from there to all of them. At 0.7
-# boxes are hardly ever left open.)
+# (Why not at temperature 1? So small a model fails to close its box once in some thousand attempts.
+# That earns 0, where the others earn 10, and AdamW makes a full-sized step of the tiny gradient. In
+# two earlier forms of this world, at temperature 1, some two dozen of these steps moved Hard-Only
+# far enough, in no particular direction, to meet a first right answer, and from there it learnt
+# all: in one of six worlds, and in three of six. At 0.7 boxes are hardly ever left open.)
 #
 # A textbook chapter is on products, on sums (which the student knows: nothing to learn), or
 # ambiguous: `x*8` with a key for some x (no way to learn). It is the teacher's business to find out
 # which of them help.
 
-FORUM_RIGHT = 0.2  # chance that a misconceived product is right in a post, divided by its items
+FORUM_RIGHT = 0.2  # over the number of items: chance that a misconceived product is right in a post
 
 KEY_RIGHT = 0.95  # chance that it is right in a textbook's key
 
@@ -2081,8 +2105,9 @@ LABELS = ("a=", ",b=", ",c=", ",d=", ",e=")  # without them a small model cannot
 
 TOPICS = ("products", "sums", "ambiguous")
 
-# Shares of the topics in the forum. The ambiguous ones teach solvers to guess. A guess is right one
-# time in six or so, which an Intrinsic-T teacher loves: 5/6 for a problem that nobody can learn.
+# Shares of the topics in the forum. The ambiguous ones teach solvers to guess. With one item a
+# guess is right one time in six or so, which an Intrinsic-T teacher loves: it is worth 5/6, and
+# nobody will ever learn it.
 FORUM_TOPICS = (0.7, 0.15, 0.15)
 
 # Half of a textbook is on products: with equal shares fewer worlds saw a promotion.
@@ -2094,7 +2119,7 @@ World = dict[tuple[int, int], int]  # the crowd's wrong product of x and y, x <=
 
 
 def make_world(seed: int) -> World:
-    """Misconceptions of four fifths of the products of 4..9, each off by a factor, one or ten."""
+    """Misconceptions of four fifths of the products of 4..9, each off by x, y, one or ten."""
     rng = random.Random(f"world {seed}")
     facts = []
     for x in range(4, 10):
@@ -3484,7 +3509,7 @@ def require(condition: bool) -> None:
 #
 # Workers come from multiprocessing, with a pipe to each, or from torchrun, which can also start
 # them on other machines. Process 0 sees no difference: a channel to a worker has send and recv.
-# What goes wrong in a worker process 0 tells, and no worker outlives it.
+# An error in a worker is told by process 0, and no worker outlives it.
 
 # Whether torchrun has started this process: ALL these variables are set. Some of them may be left
 # over from another program, and then this process would wait for others that never come.
@@ -3586,7 +3611,7 @@ def load_copy(source: tuple[str, Config], number: int) -> Policy:
 def workers(policy: Policy, config: Config, jobs: int) -> Iterator:
     """The policy has workers while the block runs: torchrun's, or as many as `jobs` are worth.
 
-    Where the block raises they are told nothing: they notice that process 0 ends, and end, too.
+    Where the block raises nobody tells them; they end because process 0 does (local_worker).
     """
     if TORCHRUN:
         policy.workers = [Remote(rank) for rank in range(1, dist.get_world_size())]
@@ -3976,7 +4001,7 @@ LEAST = {
     "student_warmup": 0,
     "inner_extra": 0,
     "temperature": 0.01,
-    "teacher_group": 2,  # in a group of one nothing is left out, and nothing is left
+    "teacher_group": 2,  # in a group of one there are no others to compare with
     "student_group": 2,
 }
 
@@ -4132,7 +4157,7 @@ def print_columns(config: Config) -> None:
     promotion = f"""above {config.tau:g} (tau) a student is promoted: it becomes the
                      baseline, from which later students start and over which they must gain"""
     if config.inner_extra:
-        promotion += f", in {config.inner_extra} more steps"
+        promotion += f", and their inner loop gets {config.inner_extra} steps longer"
     if config.reward == "learnability" or not config.promotion or config.steps < config.window:
         promotion = "nobody can be promoted in this run"
     print(f"""\

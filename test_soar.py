@@ -4184,7 +4184,7 @@ def test_empty_hard_set(toy, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     file = tmp_path / "one.jsonl"
     file.write_text('{"problem": "a= 4*5", "answer": "never"}\n')
-    refused(capsys, [*toy, "--out", str(out), "--dataset", str(file)], "only 1", "--pool")
+    refused(capsys, [*toy, "--out", str(out), "--dataset", str(file)], "1 problem(s)", "--pool")
     monkeypatch.setattr(soar, "student_reward", lambda *_: RIGHT)
     refused(
         capsys, [*toy, "--out", str(out), "--cache", str(tmp_path / "cache")], "only 0", "--pool"

@@ -4,9 +4,13 @@ They need no network and no GPU, and write to pytest's temporary folder only. Th
 once for all tests. The last test needs a real pretrained model: it is skipped unless the environment variable
 SOAR_REAL_MODEL names the folder of one. Some tests want real problems: they are skipped unless SOAR_REAL_DATA names a
 folder with math_test.jsonl, harp.jsonl and olympiadbench.jsonl (fields problem and answer).
+
+For a class: `python test_soar.py --assignment A1 my_soar.py` writes a copy of soar.py with holes,
+and `python test_soar.py --grade A1 my_soar.py` judges what was filled in.
 """
 
 import argparse
+import ast
 import contextlib
 import copy
 import dataclasses
@@ -14,6 +18,7 @@ import doctest
 import errno
 import gzip
 import http.server
+import importlib.util
 import io
 import itertools
 import json
@@ -33,10 +38,312 @@ import time
 import urllib.error
 import zipfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent
 HUB = tempfile.TemporaryDirectory()  # an empty hub cache, and no network: the same on every machine
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": HUB.name}
+
+
+# ======================================================================================================================
+# Assignments: the file with holes, and its grade
+# ======================================================================================================================
+
+# This part stands before the imports that take seconds, and ends the program when it is called as
+# one: a grade runs in another process. That process imports the student's file under the name of
+# soar, so that the tests below judge it as they judge soar.py, and may do to itself what it likes:
+# loop, exit, print. It writes down what it begins and what comes out; the grader reads along.
+
+# Assignment -> {a line of its score: the tests that judge it}. The first word is the function.
+# Only tests that look at what comes out belong here: another right solution must pass.
+ASSIGNMENTS = {
+    "A1": {
+        "rloo_advantages": """test_rloo_advantages_leave_one_out
+            test_equal_rewards_give_exactly_zero test_rloo_gradient_is_unbiased_by_enumeration""",
+        "pass_at_k": "test_pass_at_k_against_all_subsets",
+        "learning_rate": "test_learning_rate",
+    },
+    "A2": {
+        "parse_problem": """test_parse_problem test_parse_problem_against_its_definition
+            test_parse_problem_takes_linear_time""",
+        "student_reward": "test_student_reward",
+    },
+    "A3": {
+        "pick_tokens": """test_pick_tokens_by_hand test_pick_tokens_at_the_ends
+            test_greedy_equals_transformers test_sampling_frequencies
+            test_sampling_equals_the_slow_way
+            test_generate_reports_the_log_probabilities_of_its_tokens""",
+        "completion_logprobs": """test_completion_logprobs_equal_full_logits test_eos_is_trained
+            test_score_function_has_mean_zero""",
+        "completion_logprobs without full logits": """test_completion_logprobs_equal_full_logits
+            test_full_logits_never_exist""",
+    },
+    "A4": {
+        "policy_update": """test_update_is_the_true_gradient_by_enumeration test_eos_is_trained
+            test_flat_groups_stay_in_the_denominator test_micro_batches_do_not_change_the_gradient
+            test_update_without_signal_changes_nothing test_update_moves_the_weights
+            test_sampler_gap_shows_when_another_policy_was_sampled""",
+        "rejection_gap": "test_rejection_gap",
+        "kl_gap": "test_kl_gap",
+    },
+    "A5": {
+        "median_student": "test_median_student",
+        "promotion_due": "test_promotion_due",
+        "promote": "test_promote_on_the_toy",
+        "grounded_rewards": """test_grounded_rewards_on_the_toy test_inner_extra_on_the_toy
+            test_champion_on_the_toy""",
+        "outer_step": """test_outer_step_on_the_toy test_a_late_promotion_on_the_toy
+            test_questions_on_the_toy test_teacher_on_the_toy""",
+    },
+    "A6": {},  # a report: nothing to fill in, and nothing that a program could judge
+}
+
+# What a docstring leaves open and other parts of the file rely on: comments over the holes.
+HINTS = {
+    "learning_rate": "The first step of the warm-up has peak / warmup, not 0.",
+    "policy_update": "figures: grad_norm, kl (the mean of k1) and sampler_gap (the mean of\n"
+    "sampler_gaps); all three 0.0 where there is no signal. adamw_step() takes the step.",
+    "promote": "The row's keys: dataset, student, accuracy.",
+    "grounded_rewards": "figures: each of train_student's, as the mean over all steps of all\n"
+    "students, and accuracy_before.",
+    "outer_step": "The row's keys: step, rewards, errors (lists of lists), reward (their mean),\n"
+    "average (the moving one), promotion (promote's row or None), teacher (figures of propose and\n"
+    "teacher_update), student (figures of the rewards), topics (in the tiny world: topic_shares).\n"
+    "A row of state.questions: step, dataset, reward, question, answer.",
+}
+
+# Functions that an assignment adds behind its own.
+ADDED = {
+    "A4": '''
+def rejection_gap(logits: Tensor, accepted: list[int], weights: Tensor) -> Tensor:
+    """[A]: what an update lacks that treats redrawn actions as if nothing had been rejected.
+
+    A policy over A actions, pi_0 = softmax(logits), is sampled until the action is in `accepted`;
+    pi is the distribution of what comes out. The expected update is E[w_a grad ln pi_0(a)], a from
+    pi. The gap is this less E[w_a grad ln pi(a)]. Gradients are those by the logits; weights [A].
+
+    Proposition 1: with RLOO's weights, whose mean is zero, the gap is zero. (See propose().)
+    """
+
+
+def kl_gap(logits: Tensor, accepted: list[int], reference: Tensor, kl: float) -> Tensor:
+    """[A]: where the KL term breaks Proposition 1.
+
+    As before, but with the weights of policy_update: RLOO's advantages less kl * k1, where
+    k1 = ln pi_0 - ln softmax(reference). The gap is the expected update less the gradient of
+    E[reward] - kl * KL(pi, ref), where ref is the reference's distribution over `accepted`.
+    """
+''',
+}
+
+LIMIT = 30  # seconds for a test; each takes a second or two
+IMPORT_LIMIT = 120  # seconds until torch and the student's file are imported
+
+
+def with_holes(source: str, functions: set[str]) -> str:
+    """The source in which these functions keep their docstring, and have nothing else in them."""
+    lines = source.splitlines()
+    for node in reversed(ast.parse(source).body):  # from the end: the lines before keep their place
+        if isinstance(node, ast.FunctionDef) and node.name in functions:
+            hint = HINTS.get(node.name, "").splitlines()
+            hole = [f"    # {line}" for line in hint]
+            hole.append(f'    raise NotImplementedError("{node.name}")')
+            lines[node.body[0].end_lineno : node.end_lineno] = hole
+    return "\n".join(lines) + "\n"
+
+
+def assignment_source(name: str) -> str:
+    """soar.py with the holes of an assignment, and with the functions that it adds."""
+    functions = {label.split()[0] for label in ASSIGNMENTS[name]}
+    source = (ROOT / "soar.py").read_text(encoding="utf-8")
+    if name in ADDED:
+        lines = source.splitlines()
+        given = [node for node in ast.parse(source).body if getattr(node, "name", "") in functions]
+        end = given[-1].end_lineno
+        lines[end:end] = ["", *ADDED[name].splitlines()]
+        source = "\n".join(lines)
+    return with_holes(source, functions)
+
+
+class Verdict:
+    """A pytest plugin: notes which test begins, and keeps the first reason why one fails."""
+
+    def __init__(self, note: Callable):
+        self.note = note
+        self.reason = ""
+
+    def pytest_runtest_logstart(self, nodeid, location):
+        self.note("test", nodeid.split("::")[-1])
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed and not self.reason:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            text = crash.message if crash else str(report.longrepr)
+            self.reason = f"{report.nodeid.split('::')[-1]}: {text}"
+
+    def pytest_collectreport(self, report):
+        if report.failed and not self.reason:
+            errors = re.findall(r"^E +(.+)", str(report.longrepr), re.MULTILINE)
+            self.reason = " ".join([*errors, "the tests cannot be collected"][:1])
+
+
+def failure(tests: str, note: Callable = lambda *_: None) -> str:
+    """Runs these tests on the module soar -> the first reason why one fails, or ''."""
+    import pytest
+
+    verdict = Verdict(note)
+    nodes = [f"{Path(__file__).resolve()}::{test}" for test in tests.split()]
+    # Without a terminal plugin pytest is silent; without capture no output can fill the disk.
+    options = "-x -s -p no:terminal -p no:cacheprovider -p no:faulthandler".split()
+    code = pytest.main([*options, f"--rootdir={ROOT}", *nodes], plugins=[verdict])
+    return verdict.reason or ("" if code == 0 else f"pytest ended with code {int(code)}")
+
+
+def judge(assignment: str, file: str, events: str, labels: list[str]) -> None:
+    """In a process of its own: imports the student's file as soar, and writes down what it does.
+
+    A line of `events` is a JSON pair: ("imported", ""), ("broken", reason), ("test", name) when a
+    test begins, ("verdict", reason or "") at the end of each of the labels.
+    """
+
+    def note(kind: str, text: str = "") -> None:
+        with open(events, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps([kind, text]) + "\n")
+
+    specification = importlib.util.spec_from_file_location("soar", file)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["soar"] = module
+    try:
+        specification.loader.exec_module(module)
+    except BaseException as error:  # sys.exit() as well
+        note("broken", f"it cannot be imported: {type(error).__name__}: {error}")
+        return
+    note("imported")
+    for label in labels:
+        note("verdict", failure(ASSIGNMENTS[assignment][label], note))
+
+
+def watch(process: subprocess.Popen, events: Path) -> str:
+    """Waits until the process ends, or is ended since it writes nothing more -> what happened."""
+    size = 0
+    since = time.monotonic()
+    while process.poll() is None:
+        if events.stat().st_size != size:
+            size = events.stat().st_size
+            since = time.monotonic()
+        limit = LIMIT if size else IMPORT_LIMIT
+        if time.monotonic() - since > limit:
+            process.kill()
+            process.wait()
+            return f"no end after {limit} s"
+        time.sleep(0.05)
+    return f"it ended the process (exit code {process.returncode})"
+
+
+def grade(assignment: str, file: Path) -> dict[str, str]:
+    """Label -> the first reason why it fails, in one line, or '' where it passes.
+
+    A test that ends the process, or that is ended by the time limit, costs its label only: another
+    process goes on with the next one.
+    """
+    reasons = {}
+    labels = list(ASSIGNMENTS[assignment])
+    while len(reasons) < len(labels):
+        left = labels[len(reasons) :]
+        with tempfile.TemporaryDirectory() as folder:
+            events = Path(folder) / "events.jsonl"
+            events.touch()
+            command = [sys.executable, __file__, "--judge", assignment, file, events, *left]
+            null = subprocess.DEVNULL
+            process = subprocess.Popen(command, stdin=null, stdout=null, stderr=null)
+            end = watch(process, events)
+            noted = [json.loads(line) for line in events.read_text("utf-8").splitlines()]
+        reasons |= zip(left, [text for kind, text in noted if kind == "verdict"])
+        last, text = noted[-1] if noted else ("broken", f"while it was imported: {end}")
+        if last == "broken":
+            reasons |= dict.fromkeys(left, text)
+        elif len(reasons) < len(labels):
+            reasons[labels[len(reasons)]] = f"{text or 'before the first test'}: {end}"
+    return {label: one_line(reason) for label, reason in reasons.items()}
+
+
+def one_line(reason: str) -> str:
+    """Short, and in letters that every console has."""
+    lines = reason.strip().splitlines() or [""]
+    return lines[0].encode("ascii", "backslashreplace").decode()[:200]
+
+
+def assignments_main(argv: list[str]) -> int:
+    """python test_soar.py --assignment A1 FILE, or --grade A1 FILE [--json] -> the exit code."""
+    parser = argparse.ArgumentParser(
+        description="Assignments about soar.py. (The tests themselves: python -m pytest)"
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    names = f"{min(ASSIGNMENTS)}-{max(ASSIGNMENTS)}"
+    what.add_argument(
+        "--assignment", nargs=2, metavar=(names, "FILE"), help="write soar.py with holes"
+    )
+    what.add_argument(
+        "--grade", nargs=2, metavar=(names, "FILE"), help="judge what was filled in"
+    )
+    what.add_argument("--judge", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--json", action="store_true", help="the grade for a program")
+    given = parser.parse_args(argv)
+    if given.judge:
+        assignment, file, events, *labels = given.judge
+        judge(assignment, file, events, labels)
+        return 0
+    name, file = given.assignment or given.grade
+    if name not in ASSIGNMENTS:
+        return complain(f"there is no assignment {name!r}; there are {', '.join(ASSIGNMENTS)}")
+    if not ASSIGNMENTS[name]:
+        return complain(f"{name} is a report: it has no holes, and people grade it")
+    if given.assignment:
+        return write_assignment(name, Path(file))
+    if not Path(file).is_file():
+        return complain(f"there is no file {file}")
+    return print_grade(name, Path(file), given.json)
+
+
+def complain(sentence: str) -> int:
+    """A bad call: one sentence, exit code 2."""
+    print(f"test_soar: {sentence}", file=sys.stderr)
+    return 2
+
+
+def write_assignment(name: str, file: Path) -> int:
+    """The file with holes. What exists is never overwritten."""
+    try:
+        with open(file, "x", encoding="utf-8", newline="\n") as stream:
+            stream.write(assignment_source(name))
+    except FileExistsError:
+        return complain(f"{file} exists; name a new file, or delete it")
+    except OSError as error:
+        return complain(f"{file} cannot be written: {error.strerror}")
+    holes = dict.fromkeys(label.split()[0] for label in ASSIGNMENTS[name])
+    print(f"{file}: write {', '.join(holes)}; then python test_soar.py --grade {name} {file}")
+    return 0
+
+
+def print_grade(name: str, file: Path, as_json: bool) -> int:
+    """A line for each function, and the score."""
+    reasons = grade(name, file.resolve())
+    score = sum(not reason for reason in reasons.values())
+    if as_json:
+        row = {"assignment": name, "file": str(file), "score": score, "of": len(reasons)}
+        print(json.dumps(row | {"failures": reasons}))
+    else:
+        width = max(map(len, reasons))
+        for label, reason in reasons.items():
+            print(f"{label:{width}}  {'failed: ' + reason if reason else 'passed'}")
+        print(f"score: {score} of {len(reasons)}")
+    return 0 if score == len(reasons) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(assignments_main(sys.argv[1:]))
+
 
 import mpmath  # noqa: E402
 import numpy as np  # noqa: E402
@@ -60,7 +367,6 @@ from soar import (
     student_reward,
 )
 
-ROOT = Path(__file__).resolve().parent
 REAL_DATA = Path(os.environ.get("SOAR_REAL_DATA", "SOAR_REAL_DATA is not set"))
 torch.set_num_threads(1)  # for models this small a second thread only waits
 transformers.logging.disable_progress_bar()

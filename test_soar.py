@@ -1731,7 +1731,7 @@ def test_boxes_take_linear_time():
 @pytest.mark.parametrize("completion, reward", REWARDS)
 def test_student_reward(completion, reward):
     """The partial reward is for the last formulas and boxes: a list of guesses must not pay."""
-    assert student_reward(completion, "7") == reward
+    assert soar.student_reward(completion, "7") == reward
 
 
 def test_parses():
@@ -3651,6 +3651,7 @@ def test_student_goes_on_where_it_stopped(policy):
         (r"<question>  </question><answer>\boxed{1}</answer>", None),
         (r"<question>1?</question><answer>\boxed{ }</answer>", None),
         (r"<question>1?</question><answer>\boxed{}</answer>", None),
+        (r"<question>1?</question><answer>\boxed{hello world}</answer>", None),
         (r"<question>1?</question><question>2?</question><answer>\boxed{2}</answer>", ("2?", "2")),
         (r"<question>1? <question>2?</question><answer>\boxed{2}</answer>", ("2?", "2")),
         (
@@ -4358,7 +4359,7 @@ def test_questions_on_the_toy(toy_policy, tmp_path):
     for step in range(4):
         toy_policy.asked.clear()
         soar.outer_step(toy_policy, about_facts(*range(10)), state, config)
-        assert set(Counter(toy_policy.asked).values()) == {1 + 2 * 2}  # once before; four students
+        assert len(set(Counter(toy_policy.asked).values())) == 1  # the same before and after
         asked.append(frozenset(toy_policy.asked))
         written.append(tuple(q["answer"] for q in state.questions if q["step"] == step))
     assert {len(facts) for facts in asked} == {4} and len(set(asked)) > 2 and len(set(written)) == 4
@@ -6617,6 +6618,599 @@ def test_eval_settings_have_help(capsys):
         shown = capsys.readouterr().out
         assert end.value.code == 0
         assert all(soar.flag(field.name) in shown for field in dataclasses.fields(kind))
+
+
+# ======================================================================================================================
+# Assignments: the judges are judged
+# ======================================================================================================================
+
+# For each function of an assignment a right solution that is not soar.py's, and edits of it that are
+# typical mistakes: the tests that judge the function must let the one pass and no other.
+
+RLOO = """
+def rloo_advantages(rewards, group_size):
+    advantages = []
+    for group in rewards.split(group_size):
+        advantages.append((group - group.mean()) * group_size / (group_size - 1))
+    return torch.cat(advantages)
+"""
+PASS_AT_K = """
+def pass_at_k(n, c, k):
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+"""
+LEARNING_RATE = """
+def learning_rate(peak, step, total, warmup):
+    if step < warmup:
+        return (step + 1) / warmup * peak
+    done = min(step, total) - warmup
+    return peak * math.cos(math.pi / 2 * done / max(1, total - warmup)) ** 2
+"""
+PARSE_PROBLEM = """
+def parse_problem(text):
+    tags = [(m.start(), m.end(), m[0]) for m in re.finditer("<question>|<answer>", text)]
+    tags.append((len(text), len(text), ""))
+    for first, second, third in zip(tags, tags[1:], tags[2:]):
+        if first[2] != "<question>" or second[2] != "<answer>":
+            continue
+        question, question_closes, _ = text[first[1] : second[0]].partition("</question>")
+        answer, answer_closes, _ = text[second[1] : third[0]].partition("</answer>")
+        if question_closes and answer_closes:
+            box = extract_boxed(answer)
+            if box is None or not question.strip() or not parses(box):
+                return None
+            return Problem(question.strip(), box.strip())
+    return None
+"""
+STUDENT_REWARD = r"""
+def student_reward(completion, gold):
+    found = []
+    for box in boxes(completion):
+        found.append(box)
+        if len(found) > MAX_GUESSES:
+            break
+    if not found:
+        return 0.0
+    if answers_equal(found[0], gold):
+        return RIGHT
+    formulas = re.finditer(r"\$([^$]+)\$|\\\((.+?)\\\)", completion)
+    guesses = [formula[1] or formula[2] for formula in formulas]
+    guesses = guesses[::-1] + found[1:]
+    for guess in guesses[:MAX_GUESSES]:
+        if answers_equal(guess, gold):
+            return 20.0
+    return 10.0
+"""
+PICK_TOKENS = """
+def pick_tokens(logits, temperature, uniforms=None):
+    if uniforms is None:
+        best = logits.argmax(-1)
+        return best, torch.zeros(len(best))
+    logprobs = (logits.double() / temperature).log_softmax(-1)
+    below = logprobs.exp().cumsum(-1) <= uniforms[:, None]
+    tokens = below.sum(-1).clamp(max=logits.shape[1] - 1)
+    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0].float()
+"""
+NAIVE_LOGPROBS = """
+def completion_logprobs(model, rollouts, temperature, rows=512):
+    sums = []
+    for rollout in rollouts:
+        ids = torch.tensor([rollout.prompt + rollout.completion], device=model.device)
+        start = len(rollout.prompt)
+        logits = model(input_ids=ids).logits[0].float()
+        logprobs = (logits / temperature).log_softmax(-1)[start - 1 : -1]
+        sums.append(logprobs.gather(-1, ids[0, start:, None]).sum())
+    return torch.stack(sums)
+"""
+SMALL_LOGPROBS = """
+def completion_logprobs(model, rollouts, temperature, rows=512):
+    def one(rollout):
+        ids = torch.tensor([rollout.prompt + rollout.completion], device=model.device)
+        start = len(rollout.prompt)
+        hidden = model.base_model(input_ids=ids).last_hidden_state[0, start - 1 : -1]
+        total = 0.0
+        for h, y in zip(hidden, ids[0, start:]):
+            logits = next_token_logits(model, h[None])[0].float() / temperature
+            total = total + logits[y] - logits.logsumexp(0)
+        return total
+
+    return torch.stack([checkpoint(one, rollout, use_reentrant=False) for rollout in rollouts])
+"""
+POLICY_UPDATE = """
+def policy_update(policy, rollouts, advantages, moments, lr, config, rounding=None):
+    divergences, gaps = [], []
+    policy.model.train(config.checkpointing)
+    for rollout, advantage in zip(rollouts, advantages.tolist()):
+        if advantage == 0:
+            continue
+        logprob = completion_logprobs(policy.model, [rollout], config.temperature)
+        weight, k1 = advantage, 0.0
+        if config.kl:
+            with torch.no_grad():
+                reference = completion_logprobs(policy.reference, [rollout], config.temperature)
+            k1 = (logprob - reference).item()
+            divergences.append(k1)
+        weight -= config.kl * k1
+        loss = -weight * logprob[0] / len(rollouts)
+        loss.backward()
+        gaps += sampler_gaps([rollout], logprob)
+    policy.model.eval()
+    if not gaps:
+        return {"grad_norm": 0.0, "kl": 0.0, "sampler_gap": 0.0}
+    norm = adamw_step(policy.model, moments, lr, config, rounding)
+    kl = sum(divergences) / max(1, len(divergences))
+    return {"grad_norm": norm, "kl": kl, "sampler_gap": sum(gaps) / len(gaps)}
+"""
+REJECTION_GAP = """
+def rejection_gap(logits, accepted, weights):
+    logits = logits.detach().requires_grad_()
+    pi_0 = logits.softmax(0)
+    mass = pi_0[accepted].sum()
+    pi = pi_0[accepted] / mass
+    (gradient,) = torch.autograd.grad(mass.log(), logits, retain_graph=True)
+    return ((pi * weights[accepted]).sum() * gradient).detach()
+"""
+KL_GAP = """
+def kl_gap(logits, accepted, reference, kl):
+    k1 = logits.log_softmax(0) - reference.log_softmax(0)
+    return rejection_gap(logits, accepted, -kl * k1)
+"""
+MEDIAN_STUDENT = """
+def median_student(rewards):
+    return int(np.argsort(rewards, kind="stable")[len(rewards) // 2])
+"""
+PROMOTION_DUE = """
+def promotion_due(history, config):
+    window = history[-config.window :]
+    if not config.promotion or len(window) < config.window:
+        return False
+    return np.mean(window) > config.tau
+"""
+PROMOTE = """
+def promote(policy, champion, datasets, hard_train, state, config):
+    restore(policy.model, champion.weights)
+    right = greedy_right(policy, hard_train, config)
+    accuracy = float(right.sum()) / len(hard_train)
+    if accuracy > state.best_accuracy:
+        save_model(policy.model, policy.tokenizer, Path(config.out) / "student")
+        state.best_accuracy = accuracy
+        state.student_key = weights_key(champion.weights)
+    state.baseline = champion.weights
+    state.promotions = state.promotions + 1
+    state.history = []
+    for problem in datasets[champion.dataset]:
+        state.promotion_questions.append(vars(problem))
+    return {"dataset": champion.dataset, "student": champion.student, "accuracy": accuracy}
+"""
+GROUNDED_REWARDS = """
+def grounded_rewards(policy, datasets, questions, state, config):
+    steps = config.inner_steps + config.inner_extra * state.promotions
+    restore(policy.model, state.baseline)
+    before = greedy_right(policy, questions, config)
+    gains = torch.zeros(len(datasets), config.repeats, len(questions), dtype=torch.float64)
+    students, logs = {}, []
+    for j in range(config.repeats):
+        for k, dataset in enumerate(datasets):
+            restore(policy.model, state.baseline)  # a fresh student
+            key = ("my students", config.seed, state.step, j, k)
+            batches = batches_of(dataset, steps, config.student_batch, seeded(*key))
+            logs += train_student(policy, batches, config, key)
+            students[k, j] = snapshot(policy.model)
+            gains[k, j] = greedy_right(policy, questions, config) - before
+    rewards = gains.mean(2)
+    errors = (gains.var(2, correction=0) / len(questions)).sqrt()
+    k = int(rewards.mean(1).argmax())
+    j = median_student(rewards[k].tolist())
+    figures = {name: sum(log[name] for log in logs) / len(logs) for name in logs[0]}
+    figures["accuracy_before"] = before.mean().item()
+    return rewards, errors, Champion(k, j, students[k, j]), figures
+"""
+OUTER_STEP = """
+def outer_step(policy, hard_train, state, config):
+    n, step = config.n, state.step
+    K = config.teacher_batch * config.teacher_group
+    restore(policy.model, state.teacher)
+    luck = seeded("my proposals", config.seed, step)
+    rollouts, problems, figures = propose(policy, K * n, config, luck)
+    datasets = [problems[k * n : (k + 1) * n] for k in range(K)]
+    if config.reward == "learnability":
+        measured = learnability_rewards(policy, datasets, state, config)
+    else:
+        rng = random.Random(f"my questions {config.seed} {step}")
+        questions = rng.sample(hard_train, min(len(hard_train), config.reward_questions))
+        measured = grounded_rewards(policy, datasets, questions, state, config)
+    rewards, errors, champion, training = measured
+    worth = rewards.mean(1)
+    advantages = rloo_advantages(worth, config.teacher_group)
+    spread = advantages[:, None].expand(-1, n).flatten()
+    figures |= teacher_update(policy, rollouts, spread, state, config)
+    state.history = state.history + [worth.mean().item()]
+    average = float(np.mean(state.history[-config.window :]))
+    promotion = None
+    if champion is not None and promotion_due(state.history, config):
+        promotion = promote(policy, champion, datasets, hard_train, state, config)
+    row = {"step": step, "rewards": rewards.tolist(), "errors": errors.tolist()}
+    row |= {"reward": worth.mean().item(), "average": average, "promotion": promotion}
+    row |= {"teacher": figures, "student": training}
+    if config.dataset == "tiny":
+        row["topics"] = topic_shares(problems)
+    state.log.append(row)
+    for k, dataset in enumerate(datasets):
+        for problem in dataset:
+            place = {"step": step, "dataset": k, "reward": worth[k].item()}
+            state.questions.append(place | vars(problem))
+    state.step = step + 1
+    return row
+"""
+# Function -> its right solution.
+SOLUTIONS = {
+    "rloo_advantages": RLOO,
+    "pass_at_k": PASS_AT_K,
+    "learning_rate": LEARNING_RATE,
+    "parse_problem": PARSE_PROBLEM,
+    "student_reward": STUDENT_REWARD,
+    "pick_tokens": PICK_TOKENS,
+    "completion_logprobs": NAIVE_LOGPROBS,
+    "policy_update": POLICY_UPDATE,
+    "rejection_gap": REJECTION_GAP,
+    "kl_gap": KL_GAP,
+    "median_student": MEDIAN_STUDENT,
+    "promotion_due": PROMOTION_DUE,
+    "promote": PROMOTE,
+    "grounded_rewards": GROUNDED_REWARDS,
+    "outer_step": OUTER_STEP,
+}
+# Function, the mistake, what it is in the solution above, and what stands there instead.
+MISTAKES = [
+    ("rloo_advantages", "no leave-one-out", " * group_size / (group_size - 1)", ""),
+    ("rloo_advantages", "groups of 3 for ever", "group_size / (group_size - 1)", "3 / 2"),
+    ("rloo_advantages", "one group", "rewards.split(group_size)", "[rewards]"),
+    (
+        "rloo_advantages",
+        "standard deviation",
+        "* group_size / (group_size - 1)",
+        "/ (group.std() + 1e-6)",
+    ),
+    (
+        "pass_at_k",
+        "a sample twice",
+        "math.comb(n - c, k) / math.comb(n, k)",
+        "(1 - c / n) ** k",
+    ),
+    (
+        "pass_at_k",
+        "a share",
+        "1.0 - math.comb(n - c, k) / math.comb(n, k)",
+        "min(1.0, c * k / n)",
+    ),
+    ("learning_rate", "first step of size 0", "(step + 1) / warmup", "step / warmup"),
+    ("learning_rate", "rises again", "min(step, total)", "step"),
+    ("learning_rate", "warm-up forgotten in the cosine", "max(1, total - warmup)", "total"),
+    ("parse_problem", "unreadable answer", " or not parses(box)", ""),
+    ("parse_problem", "no question", " or not question.strip()", ""),
+    (
+        "parse_problem",
+        "the next one that can be used",
+        "return None\n            ",
+        "continue\n            ",
+    ),
+    ("parse_problem", "a question for an answer", ' or second[2] != "<answer>"', ""),
+    ("student_reward", "first box", "found[0], gold", "found[-1], gold"),
+    ("student_reward", "a list of guesses pays", "guesses[:MAX_GUESSES]", "guesses"),
+    ("student_reward", "the first guesses", "guesses[::-1]", "guesses"),
+    ("student_reward", "no box for the partial reward", "if not found:", "if not completion:"),
+    ("pick_tokens", "temperature forgotten", " / temperature", ""),
+    ("pick_tokens", "impossible token at u = 0", "<= uniforms", "< uniforms"),
+    (
+        "pick_tokens",
+        "log-probability without temperature",
+        "logprobs.gather",
+        "logits.log_softmax(-1).gather",
+    ),
+    (
+        "pick_tokens",
+        "top-k",
+        "    below",
+        "    worst = logprobs < logprobs.topk(min(9, logprobs.shape[1])).values[:, -1:]\n"
+        "    logprobs = logprobs.masked_fill(worst, -math.inf).log_softmax(-1)\n    below",
+    ),
+    ("completion_logprobs", "EOS untrained", ".sum())", "[:-1].sum())"),
+    ("completion_logprobs", "off by one", "[start - 1 : -1]", "[start:]"),
+    ("completion_logprobs", "mean over tokens", ".sum())", ".mean())"),
+    ("completion_logprobs", "temperature forgotten", " / temperature", ""),
+    ("completion_logprobs", "the prompt counted in", "start = len(rollout.prompt)", "start = 1"),
+    ("policy_update", "sign", "-weight * logprob", "weight * logprob"),
+    (
+        "policy_update",
+        "mean over tokens",
+        "len(rollouts)",
+        "len(rollouts) / len(rollout.completion)",
+    ),
+    (
+        "policy_update",
+        "flat groups not in the denominator",
+        "/ len(rollouts)",
+        "/ int(advantages.count_nonzero())",
+    ),
+    ("policy_update", "k1 as a loss", "weight -= config.kl * k1", "weight -= config.kl"),
+    (
+        "policy_update",
+        "k3 as a loss",
+        "weight -= config.kl * k1",
+        "weight -= config.kl * (1 - math.exp(-k1))",
+    ),
+    (
+        "policy_update",
+        "k1 not held constant",
+        "(logprob - reference).item()",
+        "(logprob - reference)[0]",
+    ),
+    (
+        "policy_update",
+        "EOS untrained",
+        "policy.model, [rollout]",
+        "policy.model, [dataclasses.replace(rollout, completion=rollout.completion[:-1])]",
+    ),
+    ("policy_update", "train mode for ever", "policy.model.eval()", "pass"),
+    ("rejection_gap", "not normalised", "pi_0[accepted] / mass", "pi_0[accepted]"),
+    ("rejection_gap", "mass, not its logarithm", "mass.log()", "mass"),
+    (
+        "rejection_gap",
+        "always zero",
+        "weights[accepted]",
+        "(weights - weights[accepted] @ pi)[accepted]",
+    ),
+    ("kl_gap", "sign", "-kl * k1", "kl * k1"),
+    ("kl_gap", "reference not normalised", "reference.log_softmax(0)", "reference"),
+    ("kl_gap", "nothing missing", "-kl * k1", "0 * k1"),
+    ("median_student", "best student", "[len(rewards) // 2]", "[-1]"),
+    ("median_student", "worse of the middle ones", "len(rewards) // 2", "(len(rewards) - 1) // 2"),
+    ("median_student", "second best", "[len(rewards) // 2]", "[max(0, len(rewards) - 2)]"),
+    ("promotion_due", "window not full", "len(window) < config.window", "not window"),
+    ("promotion_due", "exactly tau", "> config.tau", ">= config.tau"),
+    ("promotion_due", "all steps", "np.mean(window)", "np.mean(history)"),
+    ("promotion_due", "--no-promotion", "not config.promotion or ", ""),
+    ("promote", "old rewards stay", "state.history = []", "pass"),
+    ("promote", "the last one is kept", "if accuracy > state.best_accuracy", "if True"),
+    ("promote", "D_best of another dataset", "datasets[champion.dataset]", "datasets[0]"),
+    ("promote", "no new baseline", "state.baseline = champion.weights", "pass"),
+    (
+        "grounded_rewards",
+        "a student after the other",
+        "restore(policy.model, state.baseline)  #",
+        "#",
+    ),
+    (
+        "grounded_rewards",
+        "gain over the base model",
+        "restore(policy.model, state.baseline)\n    before",
+        "restore(policy.model, policy.base)\n    before",
+    ),
+    (
+        "grounded_rewards",
+        "best student",
+        "median_student(rewards[k].tolist())",
+        "int(rewards[k].argmax())",
+    ),
+    (
+        "grounded_rewards",
+        "dataset of the best student",
+        "rewards.mean(1).argmax()",
+        "rewards.max(1).values.argmax()",
+    ),
+    ("grounded_rewards", "no steps more", " + config.inner_extra * state.promotions", ""),
+    ("grounded_rewards", "standard deviation", " / len(questions)).sqrt()", ").sqrt()"),
+    (
+        "grounded_rewards",
+        "weights of another student",
+        "Champion(k, j, students[k, j])",
+        "Champion(k, j, students[k, 0])",
+    ),
+    (
+        "outer_step",
+        "advantages of the wrong dataset",
+        "advantages[:, None].expand(-1, n).flatten()",
+        "advantages.repeat(n)",
+    ),
+    ("outer_step", "sign", "rollouts, spread,", "rollouts, -spread,"),
+    (
+        "outer_step",
+        "one group",
+        "rloo_advantages(worth, config.teacher_group)",
+        "rloo_advantages(worth, K)",
+    ),
+    ("outer_step", "the student writes", "state.teacher", "state.baseline"),
+    ("outer_step", "same questions", "my questions {config.seed} {step}", "{config.seed}"),
+    ("outer_step", "same proposals", "config.seed, step)", "config.seed)"),
+    ("outer_step", "no promotion", "champion is not None and", "False and"),
+    (
+        "outer_step",
+        "promotion too early",
+        "promotion_due(state.history, config)",
+        "average > config.tau",
+    ),
+]
+
+
+def define(monkeypatch, source: str) -> None:
+    """The function of this source in soar, in place of the one that is there."""
+    made = {}
+    exec(source, vars(soar), made)
+    for name, function in made.items():
+        monkeypatch.setattr(soar, name, function, raising=False)
+
+
+def judges_of(label: str) -> str:
+    (tests,) = [labels[label] for labels in ASSIGNMENTS.values() if label in labels]
+    return tests
+
+
+@pytest.mark.parametrize("name", SOLUTIONS)
+def test_another_solution_passes(name, monkeypatch):
+    """A judge that looks at the way, not at what comes out."""
+    define(monkeypatch, SOLUTIONS[name])
+    assert failure(judges_of(name)) == ""
+
+
+@pytest.mark.parametrize("name, mistake, right, wrong", MISTAKES)
+def test_a_mistake_fails(name, mistake, right, wrong, monkeypatch):
+    """A judge that lets a typical mistake pass, or that fails it for a reason that is none."""
+    assert SOLUTIONS[name].count(right) == 1
+    define(monkeypatch, SOLUTIONS[name].replace(right, wrong))
+    reason = failure(judges_of(name))
+    assert reason.startswith("test_") and "NameError" not in reason, reason
+
+
+def test_full_logits_cost_a_part_of_the_score(monkeypatch):
+    """The simple way must have its part, and the economical one the whole."""
+    economical = "completion_logprobs without full logits"
+    define(monkeypatch, NAIVE_LOGPROBS)
+    assert "test_full_logits" in failure(judges_of(economical))
+    define(monkeypatch, SMALL_LOGPROBS)
+    assert failure(judges_of("completion_logprobs")) == failure(judges_of(economical)) == ""
+
+
+def passes_examples(function, docstring: str) -> bool:
+    """Does the function do what the examples of this docstring show?"""
+    names = vars(soar) | {function.__name__: function}
+    examples = doctest.DocTestParser().get_doctest(docstring, names, function.__name__, None, 0)
+    return doctest.DocTestRunner(verbose=False).run(examples, out=lambda _: None).failed == 0
+
+
+def test_examples_are_not_enough(monkeypatch):
+    """Mistakes that the visible examples show already would prove nothing about the judges."""
+    passing = set()
+    given = {name: function for name, function in vars(soar).items() if name in SOLUTIONS}
+    with_examples = {name for name, f in given.items() if ">>>" in f.__doc__}
+    for name, _, right, wrong in MISTAKES:
+        if name in with_examples:
+            define(monkeypatch, SOLUTIONS[name].replace(right, wrong))
+            if passes_examples(getattr(soar, name), given[name].__doc__):
+                passing.add(name)
+    assert passing == with_examples and len(passing) > 5
+
+
+def test_assignments_name_what_is_there():
+    """A function or a test that was renamed; a function without solution, or with one mistake."""
+    functions = [label.split()[0] for labels in ASSIGNMENTS.values() for label in labels]
+    assert set(functions) == set(SOLUTIONS)
+    mistakes = Counter(name for name, *_ in MISTAKES)
+    assert mistakes.keys() == set(SOLUTIONS) and min(mistakes.values()) >= 2
+    assert set(HINTS) <= set(functions)
+    for labels in ASSIGNMENTS.values():
+        assert all(label.split()[0] in labels for label in labels)
+        for tests in labels.values():
+            assert all(callable(globals().get(test)) for test in tests.split())
+
+
+@pytest.mark.parametrize("name", [name for name, labels in ASSIGNMENTS.items() if labels])
+def test_a_file_with_holes_is_soar_else(name, tmp_path, capsys):
+    """A hole that takes a docstring, an example or a neighbour along; a file that is overwritten."""
+    file = tmp_path / "my_soar.py"
+    assert assignments_main(["--assignment", name, str(file)]) == 0
+    written = file.read_text(encoding="utf-8")
+    ours = {
+        node.name: node for node in ast.parse(assignment_source(name)).body if hasattr(node, "name")
+    }
+    source = (ROOT / "soar.py").read_text(encoding="utf-8")
+    originals = {node.name: node for node in ast.parse(source).body if hasattr(node, "name")}
+    holes = {label.split()[0] for label in ASSIGNMENTS[name]}
+    assert ours.keys() == originals.keys() | holes
+    for function, node in ours.items():
+        if function in holes:
+            assert len(node.body) == 2 and ast.unparse(node.body[1]).startswith("raise NotImpl")
+            assert ast.get_docstring(node)
+        if function in originals and function in holes:
+            before = originals[function]
+            assert ast.unparse(node.args) == ast.unparse(before.args)
+            assert ast.get_docstring(node) == ast.get_docstring(before)
+        elif function in originals:
+            assert ast.dump(node) == ast.dump(originals[function])
+    capsys.readouterr()
+    file.write_text("my own work")
+    assert assignments_main(["--assignment", name, str(file)]) == 2
+    assert file.read_text() == "my own work" and capsys.readouterr().err.count("\n") == 1
+    assert written.count("raise NotImplementedError(") == len(holes)
+
+
+def test_hints_name_every_key(toy_policy, tmp_path):
+    """Rows and figures that others read, and of which the holes do not tell."""
+    config = toy_config(tau=-10.0, out=str(tmp_path), repeats=1)
+    state = fresh_state(toy_policy)
+    row = soar.outer_step(toy_policy, about_facts(*range(8)), state, config)
+    update = soar.teacher_update(toy_policy, [], torch.zeros(0), state, config)
+    told = {
+        "outer_step": [*row, *state.questions[0], "topics"],
+        "promote": row["promotion"],
+        "policy_update": update,
+        "grounded_rewards": ["accuracy_before"],
+    }
+    for function, keys in told.items():
+        for key in keys:
+            assert re.search(rf"\b{key}\b", HINTS[function]), (function, key)
+
+
+A1_GONE_WRONG = """
+print("a line of a hundred characters " * 3_000_000)
+
+def rloo_advantages(rewards, group_size):
+    sys.exit("I give up")
+
+def pass_at_k(n, c, k):
+    while True:
+        print(n)
+
+def learning_rate(peak, step, total, warmup):
+    os._exit(7)
+"""
+
+
+def test_whatever_a_student_hands_in_gets_its_line(tmp_path, monkeypatch, capsys):
+    """A judge that hangs, dies or shows a traceback of its own with what it judges; a file that
+    fails as a whole since one function does."""
+    monkeypatch.setitem(globals(), "LIMIT", 15)
+    source = (ROOT / "soar.py").read_text(encoding="utf-8")
+    file = tmp_path / "my_soar.py"
+    file.write_text(source.replace("\nif __name__ ==", A1_GONE_WRONG + "\nif __name__ =="), "utf-8")
+    assert assignments_main(["--grade", "A1", str(file)]) == 1
+    first, second, third, score = capsys.readouterr().out.splitlines()
+    assert first.startswith("rloo_advantages  failed: test_") and "SystemExit" in first
+    assert second.startswith("pass_at_k        failed: test_") and "no end after 15 s" in second
+    assert third.startswith("learning_rate    failed: test_") and "exit code 7" in third
+    assert score == "score: 0 of 3"
+    for text, reason in (
+        ("def f(:\n", "SyntaxError"),
+        ("raise SystemExit(3)", "SystemExit"),
+        ("import os\nos._exit(5)", "exit code 5"),
+        ("import no_such_module", "ModuleNotFoundError"),
+    ):
+        file.write_text(text)
+        assert assignments_main(["--grade", "A1", str(file)]) == 1
+        *lines, score = capsys.readouterr().out.splitlines()
+        assert len(lines) == 3 and all(reason in line for line in lines) and "0 of 3" in score
+
+
+def test_the_solution_has_the_full_score(capsys):
+    """A grade that soar.py itself does not reach."""
+    assert assignments_main(["--grade", "A1", str(ROOT / "soar.py"), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["score"] == result["of"] == 3 and not any(result["failures"].values())
+
+
+@pytest.mark.parametrize(
+    "argv, word",
+    [
+        (["--grade", "A1", "no_such_file.py"], "no_such_file.py"),
+        (["--grade", "A9", "soar.py"], "A9"),
+        (["--grade", "A6", "report.pdf"], "report"),
+        (["--assignment", "A6", "report.md"], "report"),
+        (["--assignment", "A1", "no/such/folder/my_soar.py"], "folder"),
+    ],
+)
+def test_bad_calls_of_the_grader(argv, word, capsys):
+    """A traceback instead of a sentence; a bad call that reads as a failed assignment."""
+    assert assignments_main(argv) == 2
+    printed = capsys.readouterr()
+    assert word in printed.err and printed.err.count("\n") == 1 and not printed.out
 
 
 # ======================================================================================================================

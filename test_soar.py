@@ -48,9 +48,9 @@ HUB = tempfile.TemporaryDirectory()  # an empty hub cache, and no network: the s
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": HUB.name}
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # Assignments: the file with holes, and its grade
-# ======================================================================================================================
+# ==================================================================================================
 
 # This part stands before the imports that take seconds, and ends the program when it is called as
 # one: a grade runs in another process. That process imports the student's file under the name of
@@ -4104,9 +4104,9 @@ def test_best_promoted_student_is_kept(policy, tmp_path, monkeypatch):
     assert [row["question"] for row in state.promotion_questions] == ["0", "1", "2"]
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # SOAR on a toy: a policy that can be computed by hand
-# ======================================================================================================================
+# ==================================================================================================
 
 # Whatever a solution of these functions looks like, it reaches the language model through sample()
 # and completion_logprobs() alone. Here a table stands behind both. There are twelve facts. The
@@ -6637,12 +6637,12 @@ def test_eval_settings_have_help(capsys):
         assert all(soar.flag(field.name) in shown for field in dataclasses.fields(kind))
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # Assignments: the judges are judged
-# ======================================================================================================================
+# ==================================================================================================
 
-# For each function of an assignment a right solution that is not soar.py's, and edits of it that are
-# typical mistakes: the tests that judge the function must let the one pass and no other.
+# For each function of an assignment a right solution that is not soar.py's, and edits of it that
+# are typical mistakes: the tests that judge the function must let the one pass and no other.
 
 RLOO = """
 def rloo_advantages(rewards, group_size):
@@ -7119,7 +7119,7 @@ def test_assignments_name_what_is_there():
 
 @pytest.mark.parametrize("name", [name for name, labels in ASSIGNMENTS.items() if labels])
 def test_a_file_with_holes_is_soar_else(name, tmp_path, capsys):
-    """A hole that takes a docstring, an example or a neighbour along; a file that is overwritten."""
+    """A hole that takes a docstring or a neighbour along; a file that is overwritten."""
     file = tmp_path / "my_soar.py"
     assert assignments_main(["--assignment", name, str(file)]) == 0
     written = file.read_text(encoding="utf-8")

@@ -206,7 +206,10 @@ def failure(tests: str, note: Callable = lambda *_: None) -> str:
     options = ["-x", "-s"]
     for plugin in ("terminal", "cacheprovider", "faulthandler", "unraisableexception"):
         options += ["-p", f"no:{plugin}"]
-    code = pytest.main([*options, f"--rootdir={ROOT}", *nodes], plugins=[verdict])
+    # A folder of its own: else pytest clears away what earlier sessions have left, on this time.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        options += [f"--rootdir={ROOT}", f"--basetemp={folder}/tests"]
+        code = pytest.main([*options, *nodes], plugins=[verdict])
     return verdict.reason or ("" if code == 0 else f"pytest ended with code {int(code)}")
 
 

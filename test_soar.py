@@ -4,9 +4,13 @@ They need no network and no GPU, and write to pytest's temporary folder only. Th
 once for all tests. The last test needs a real pretrained model: it is skipped unless the environment variable
 SOAR_REAL_MODEL names the folder of one. Some tests want real problems: they are skipped unless SOAR_REAL_DATA names a
 folder with math_test.jsonl, harp.jsonl and olympiadbench.jsonl (fields problem and answer).
+
+For a class: `python test_soar.py --assignment A1 my_soar.py` writes a copy of soar.py with holes,
+and `python test_soar.py --grade A1 my_soar.py` judges what was filled in.
 """
 
 import argparse
+import ast
 import contextlib
 import copy
 import dataclasses
@@ -14,6 +18,8 @@ import doctest
 import errno
 import gzip
 import http.server
+import importlib.machinery
+import importlib.util
 import io
 import itertools
 import json
@@ -30,13 +36,326 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import urllib.error
 import zipfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent
 HUB = tempfile.TemporaryDirectory()  # an empty hub cache, and no network: the same on every machine
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": HUB.name}
+
+
+# ==================================================================================================
+# Assignments: the file with holes, and its grade
+# ==================================================================================================
+
+# This part stands before the imports that take seconds, and ends the program when it is called as
+# one: a grade runs in another process. That process imports the student's file under the name of
+# soar, so that the tests below judge it as they judge soar.py, and may do to itself what it likes:
+# loop, exit, print. It writes down what it begins and what comes out; the grader reads along.
+
+# Assignment -> {a line of its score: the tests that judge it}. The first word is the function.
+# Only tests that look at what comes out belong here: another right solution must pass.
+ASSIGNMENTS = {
+    "A1": {
+        "rloo_advantages": """test_rloo_advantages_leave_one_out
+            test_equal_rewards_give_exactly_zero test_rloo_gradient_is_unbiased_by_enumeration""",
+        "pass_at_k": "test_pass_at_k_against_all_subsets",
+        "learning_rate": "test_learning_rate",
+    },
+    "A2": {
+        "parse_problem": """test_parse_problem test_parse_problem_against_its_definition
+            test_parse_problem_takes_linear_time""",
+        "student_reward": "test_student_reward",
+    },
+    "A3": {
+        "pick_tokens": """test_pick_tokens_by_hand test_pick_tokens_at_the_ends
+            test_greedy_equals_transformers test_sampling_frequencies
+            test_sampling_equals_the_slow_way
+            test_generate_reports_the_log_probabilities_of_its_tokens""",
+        "completion_logprobs": """test_completion_logprobs_equal_full_logits test_eos_is_trained
+            test_score_function_has_mean_zero""",
+        "completion_logprobs without full logits": """test_completion_logprobs_equal_full_logits
+            test_full_logits_never_exist""",
+    },
+    "A4": {
+        "policy_update": """test_update_is_the_true_gradient_by_enumeration test_eos_is_trained
+            test_flat_groups_stay_in_the_denominator test_micro_batches_do_not_change_the_gradient
+            test_update_without_signal_changes_nothing test_update_moves_the_weights
+            test_sampler_gap_shows_when_another_policy_was_sampled""",
+        "rejection_gap": "test_rejection_gap",
+        "kl_gap": "test_kl_gap",
+    },
+    "A5": {
+        "median_student": "test_median_student",
+        "promotion_due": "test_promotion_due",
+        "promote": "test_promote_on_the_toy",
+        "grounded_rewards": """test_grounded_rewards_on_the_toy test_inner_extra_on_the_toy
+            test_champion_on_the_toy""",
+        "outer_step": """test_outer_step_on_the_toy test_a_late_promotion_on_the_toy
+            test_questions_on_the_toy test_teacher_on_the_toy""",
+    },
+    "A6": {},  # a report: nothing to fill in, and nothing that a program could judge
+}
+
+# What a docstring leaves open and other parts of the file rely on: comments over the holes.
+HINTS = {
+    "learning_rate": "The first step of the warm-up has peak / warmup, not 0.",
+    "policy_update": "figures: grad_norm, kl (the mean of k1) and sampler_gap (the mean of\n"
+    "sampler_gaps); all three 0.0 where there is no signal. adamw_step() takes the step.",
+    "promote": "The row's keys: dataset, student, accuracy.",
+    "grounded_rewards": "figures: each of train_student's, as the mean over all steps of all\n"
+    "students, and accuracy_before.",
+    "outer_step": "The row's keys: step, rewards, errors (lists of lists), reward (their mean),\n"
+    "average (the moving one), promotion (promote's row or None), teacher (figures of propose and\n"
+    "teacher_update), student (figures of the rewards), topics (in the tiny world: topic_shares).\n"
+    "A row of state.questions: step, dataset, reward, question, answer.",
+}
+
+# Functions that an assignment adds behind its own.
+ADDED = {
+    "A4": '''
+def rejection_gap(logits: Tensor, accepted: list[int], weights: Tensor) -> Tensor:
+    """[A]: what an update lacks that treats redrawn actions as if nothing had been rejected.
+
+    A policy over A actions, pi_0 = softmax(logits), is sampled until the action is in `accepted`;
+    pi is the distribution of what comes out. The expected update is E[w_a grad ln pi_0(a)], a from
+    pi. The gap is this less E[w_a grad ln pi(a)]. Gradients are those by the logits; weights [A].
+
+    Proposition 1: with RLOO's weights, whose mean is zero, the gap is zero. (See propose().)
+    """
+
+
+def kl_gap(logits: Tensor, accepted: list[int], reference: Tensor, kl: float) -> Tensor:
+    """[A]: where the KL term breaks Proposition 1.
+
+    As before, but with the weights of policy_update: RLOO's advantages less kl * k1, where
+    k1 = ln pi_0 - ln softmax(reference). The gap is the expected update less the gradient of
+    E[reward] - kl * KL(pi, ref), where ref is the reference's distribution over `accepted`.
+    """
+''',
+}
+
+LIMIT = 30  # seconds for a test; each takes a second or two
+IMPORT_LIMIT = 120  # seconds until torch and the student's file are imported
+
+
+def with_holes(source: str, functions: set[str]) -> str:
+    """The source in which these functions keep their docstring, and have nothing else in them."""
+    lines = source.splitlines()
+    for node in reversed(ast.parse(source).body):  # from the end: the lines before keep their place
+        if isinstance(node, ast.FunctionDef) and node.name in functions:
+            hint = HINTS.get(node.name, "").splitlines()
+            hole = [f"    # {line}" for line in hint]
+            hole.append(f'    raise NotImplementedError("{node.name}")')
+            lines[node.body[0].end_lineno : node.end_lineno] = hole
+    return "\n".join(lines) + "\n"
+
+
+def assignment_source(name: str) -> str:
+    """soar.py with the holes of an assignment, and with the functions that it adds."""
+    functions = {label.split()[0] for label in ASSIGNMENTS[name]}
+    source = (ROOT / "soar.py").read_text(encoding="utf-8")
+    if name in ADDED:
+        lines = source.splitlines()
+        given = [node for node in ast.parse(source).body if getattr(node, "name", "") in functions]
+        end = given[-1].end_lineno
+        lines[end:end] = ["", *ADDED[name].splitlines()]
+        source = "\n".join(lines)
+    return with_holes(source, functions)
+
+
+class Verdict:
+    """A pytest plugin: notes which test begins, and keeps the first reason why one fails."""
+
+    def __init__(self, tests: list[str], note: Callable):
+        self.tests = tests
+        self.note = note
+        self.reason = ""
+
+    def pytest_pycollect_makeitem(self, name):
+        # Nothing is collected from other tests: that takes longer than to run these.
+        return [] if name.startswith("test_") and name not in self.tests else None
+
+    def pytest_runtest_logstart(self, nodeid, location):
+        self.note("test", nodeid.split("::")[-1])
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed and not self.reason:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            text = crash.message if crash else str(report.longrepr)
+            self.reason = f"{report.nodeid.split('::')[-1]}: {text}"
+
+    def pytest_collectreport(self, report):
+        if report.failed and not self.reason:
+            errors = re.findall(r"^E +(.+)", str(report.longrepr), re.MULTILINE)
+            self.reason = " ".join([*errors, "the tests cannot be collected"][:1])
+
+
+def failure(tests: str, note: Callable = lambda *_: None) -> str:
+    """Runs these tests on the module soar -> the first reason why one fails, or ''."""
+    import pytest
+
+    verdict = Verdict(tests.split(), note)
+    nodes = [f"{Path(__file__).resolve()}::{test}" for test in tests.split()]
+    # Without a terminal plugin pytest is silent; without capture no output can fill the disk.
+    # (unraisableexception collects garbage twice, which takes longer than most of these tests.)
+    options = ["-x", "-s"]
+    for plugin in ("terminal", "cacheprovider", "faulthandler", "unraisableexception"):
+        options += ["-p", f"no:{plugin}"]
+    # A folder of its own: else pytest clears away what earlier sessions have left, on this time.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        options += [f"--rootdir={ROOT}", f"--basetemp={folder}/tests"]
+        code = pytest.main([*options, *nodes], plugins=[verdict])
+    return verdict.reason or ("" if code == 0 else f"pytest ended with code {int(code)}")
+
+
+def judge(assignment: str, file: str, events: str, labels: list[str]) -> None:
+    """In a process of its own: imports the student's file as soar, and writes down what it does.
+
+    A line of `events` is a JSON pair: ("imported", ""), ("broken", reason), ("test", name) when a
+    test begins, ("verdict", reason or "") at the end of each of the labels.
+    """
+
+    def note(kind: str, text: str = "") -> None:
+        with open(events, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps([kind, text]) + "\n")
+
+    loader = importlib.machinery.SourceFileLoader("soar", file)
+    specification = importlib.util.spec_from_file_location("soar", file, loader=loader)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["soar"] = module
+    try:
+        loader.exec_module(module)
+    except BaseException as error:  # sys.exit() as well
+        note("broken", f"it cannot be imported: {type(error).__name__}: {error}")
+        return
+    note("imported")
+    for label in labels:
+        note("verdict", failure(ASSIGNMENTS[assignment][label], note))
+
+
+def watch(process: subprocess.Popen, events: Path) -> str:
+    """Waits until the process ends, or is ended since it writes nothing more -> what happened."""
+    size = 0
+    since = time.monotonic()
+    while process.poll() is None:
+        if events.stat().st_size != size:
+            size = events.stat().st_size
+            since = time.monotonic()
+        limit = LIMIT if size else IMPORT_LIMIT
+        if time.monotonic() - since > limit:
+            process.kill()
+            process.wait()
+            return f"no end after {limit} s"
+        time.sleep(0.05)
+    return f"it ended the process (exit code {process.returncode})"
+
+
+def grade(assignment: str, file: Path) -> dict[str, str]:
+    """Label -> the first reason why it fails, in one line, or '' where it passes.
+
+    A test that ends the process, or that is ended by the time limit, costs its label only: another
+    process goes on with the next one.
+    """
+    reasons = {}
+    labels = list(ASSIGNMENTS[assignment])
+    while len(reasons) < len(labels):
+        left = labels[len(reasons) :]
+        with tempfile.TemporaryDirectory() as folder:
+            events = Path(folder) / "events.jsonl"
+            events.touch()
+            command = [sys.executable, __file__, "--judge", assignment, file, events, *left]
+            null = subprocess.DEVNULL
+            process = subprocess.Popen(command, stdin=null, stdout=null, stderr=null)
+            end = watch(process, events)
+            noted = [json.loads(line) for line in events.read_text("utf-8").splitlines()]
+        reasons |= zip(left, [text for kind, text in noted if kind == "verdict"])
+        last, text = noted[-1] if noted else ("broken", f"while it was imported: {end}")
+        if last == "broken":
+            reasons |= dict.fromkeys(left, text)
+        elif len(reasons) < len(labels):
+            reasons[labels[len(reasons)]] = f"{text or 'before the first test'}: {end}"
+    return {label: one_line(reason) for label, reason in reasons.items()}
+
+
+def one_line(reason: str) -> str:
+    """Short, and in letters that every console has."""
+    lines = reason.strip().splitlines() or [""]
+    return lines[0].encode("ascii", "backslashreplace").decode()[:200]
+
+
+def assignments_main(argv: list[str]) -> int:
+    """python test_soar.py --assignment A1 FILE, or --grade A1 FILE [--json] -> the exit code."""
+    parser = argparse.ArgumentParser(
+        description="Assignments about soar.py. (The tests themselves: python -m pytest)"
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    names = f"{min(ASSIGNMENTS)}-{max(ASSIGNMENTS)}"
+    what.add_argument(
+        "--assignment", nargs=2, metavar=(names, "FILE"), help="write soar.py with holes"
+    )
+    what.add_argument("--grade", nargs=2, metavar=(names, "FILE"), help="judge what was filled in")
+    what.add_argument("--judge", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--json", action="store_true", help="the grade for a program")
+    given = parser.parse_args(argv)
+    if given.judge:
+        assignment, file, events, *labels = given.judge
+        judge(assignment, file, events, labels)
+        return 0
+    name, file = given.assignment or given.grade
+    if name not in ASSIGNMENTS:
+        return complain(f"there is no assignment {name!r}; there are {', '.join(ASSIGNMENTS)}")
+    if not ASSIGNMENTS[name]:
+        return complain(f"{name} is a report: it has no holes, and people grade it")
+    if given.assignment:
+        return write_assignment(name, Path(file))
+    if not Path(file).is_file():
+        return complain(f"there is no file {file}")
+    return print_grade(name, Path(file), given.json)
+
+
+def complain(sentence: str) -> int:
+    """A bad call: one sentence, exit code 2."""
+    print(f"test_soar: {sentence}", file=sys.stderr)
+    return 2
+
+
+def write_assignment(name: str, file: Path) -> int:
+    """The file with holes. What exists is never overwritten."""
+    try:
+        with open(file, "x", encoding="utf-8", newline="\n") as stream:
+            stream.write(assignment_source(name))
+    except FileExistsError:
+        return complain(f"{file} exists; name a new file, or delete it")
+    except OSError as error:
+        return complain(f"{file} cannot be written: {error.strerror}")
+    holes = dict.fromkeys(label.split()[0] for label in ASSIGNMENTS[name])
+    print(f"{file}: write {', '.join(holes)}; then python test_soar.py --grade {name} {file}")
+    return 0
+
+
+def print_grade(name: str, file: Path, as_json: bool) -> int:
+    """A line for each function, and the score."""
+    reasons = grade(name, file.resolve())
+    score = sum(not reason for reason in reasons.values())
+    if as_json:
+        row = {"assignment": name, "file": str(file), "score": score, "of": len(reasons)}
+        print(json.dumps(row | {"failures": reasons}))
+    else:
+        width = max(map(len, reasons))
+        for label, reason in reasons.items():
+            print(f"{label:{width}}  {'failed: ' + reason if reason else 'passed'}")
+        print(f"score: {score} of {len(reasons)}")
+    return 0 if score == len(reasons) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(assignments_main(sys.argv[1:]))
+
 
 import mpmath  # noqa: E402
 import numpy as np  # noqa: E402
@@ -44,6 +363,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
 
 import eval as eval_  # noqa: E402
@@ -60,7 +380,6 @@ from soar import (
     student_reward,
 )
 
-ROOT = Path(__file__).resolve().parent
 REAL_DATA = Path(os.environ.get("SOAR_REAL_DATA", "SOAR_REAL_DATA is not set"))
 torch.set_num_threads(1)  # for models this small a second thread only waits
 transformers.logging.disable_progress_bar()
@@ -1425,7 +1744,7 @@ def test_boxes_take_linear_time():
 @pytest.mark.parametrize("completion, reward", REWARDS)
 def test_student_reward(completion, reward):
     """The partial reward is for the last formulas and boxes: a list of guesses must not pay."""
-    assert student_reward(completion, "7") == reward
+    assert soar.student_reward(completion, "7") == reward
 
 
 def test_parses():
@@ -2569,6 +2888,29 @@ def test_rollouts_carry_the_log_probability_of_their_sampling(policy):
     assert expected.std() > 0.1
 
 
+def test_pick_tokens_by_hand():
+    """The temperature forgotten, or applied to the tokens and not to their log-probabilities; both
+    in bfloat16; tokens of a row by the distribution of another."""
+    probs = torch.tensor([[0.2, 0.5, 0.3], [0.5, 0.25, 0.25]])
+    u = torch.arange(0.005, 1, 0.01)
+    for temperature, power in ((1.0, 1), (0.5, 2)):
+        sharp = probs**power / (probs**power).sum(1, keepdim=True)
+        for row in range(2):
+            logits = torch.stack([probs[1 - row], probs[row]] * 50).log()
+            tokens, logprobs = soar.pick_tokens(logits, temperature, u)
+            for i in range(1, 100, 2):
+                below = sharp[row, : tokens[i]].sum()
+                assert below <= u[i] < below + sharp[row, tokens[i]]
+            expected = sharp[row, tokens[1::2]].log()
+            torch.testing.assert_close(logprobs[1::2], expected, rtol=1e-4, atol=1e-5)
+    tokens, logprobs = soar.pick_tokens(probs.log().bfloat16(), 1.0)
+    assert tokens.tolist() == [1, 0] and logprobs.dtype == torch.float32 and not logprobs.any()
+    logits = torch.randn(4, 999).bfloat16()
+    tokens, logprobs = soar.pick_tokens(logits, 1.0, u[:4])
+    expected = logits.double().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(logprobs.double(), expected, rtol=1e-5, atol=1e-4)
+
+
 def test_pick_tokens_at_the_ends():
     """u close to 1 with a rounded cumulative sum: an index after the vocabulary; u = 0: a token of
     probability 0."""
@@ -2929,12 +3271,10 @@ def test_nan_gradient_is_refused():
 def test_learning_rate():
     """A first warm-up step of size zero, or a cosine that rises again after its end."""
     rates = [soar.learning_rate(1.0, step, 10, 4) for step in range(15)]
-    assert (
-        rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
-        and rates[7] == pytest.approx(0.5)
-        and rates[10:] == [0.0] * 5
-    )
-    assert all(a > b for a, b in zip(rates[4:10], rates[5:11]))
+    assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    cosine = [0.5 + 0.5 * math.cos(math.pi * i / 6) for i in range(7)]
+    assert rates[4:11] == pytest.approx(cosine) and rates[10:] == pytest.approx([0.0] * 5)
+    assert soar.learning_rate(8.0, 0, 2, 4) == pytest.approx(2.0)  # a run shorter than its warm-up
 
 
 # ======================================================================================================================
@@ -2950,19 +3290,16 @@ def flat_gradient(model) -> torch.Tensor:
 
 
 @pytest.fixture
-def update_gradient(monkeypatch):
-    """policy_update() with the optimizer's step replaced by a look at the gradient."""
-    seen = []
-    monkeypatch.setattr(
-        soar, "adamw_step", lambda model, *_: seen.append(flat_gradient(model)) or 0.0
-    )
+def update_gradient():
+    """policy_update()'s gradient, as the optimizer saw it: after one step from fresh moments,
+    without clipping, m is a tenth of it. A learning rate of 0 keeps the weights."""
 
     def gradient(policy, rollouts, advantages, **overrides):
-        config = small_config(**{"kl": 0.0, **overrides})
-        soar.policy_update(
-            policy, rollouts, torch.as_tensor(advantages, dtype=torch.float64), None, 1e-3, config
-        )
-        return seen.pop()
+        config = small_config(**{"kl": 0.0, "clip": 0.0, **overrides})
+        advantages = torch.as_tensor(advantages, dtype=torch.float64)
+        moments = soar.adamw_state(policy.model)
+        soar.policy_update(policy, rollouts, advantages, moments, 0.0, config)
+        return torch.cat([m.flatten().double() for m in moments["m"]]) / (1 - 0.9)
 
     return gradient
 
@@ -2977,11 +3314,18 @@ def slow_logprob(model, rollout: Rollout, temperature: float = 1.0):
 
 
 def some_rollouts(model, n: int = 4) -> list[Rollout]:
-    tokens, lengths, _ = soar.generate(
-        model, PROMPTS, n, 10, 1.0, uniforms(n * len(PROMPTS), 10, 3)
-    )
-    rows = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist())]
-    return [Rollout(PROMPTS[i // n], row, "", False) for i, row in enumerate(rows)]
+    """n completions of each of the PROMPTS, of 1 to 10 tokens, some with EOS at the end. They are
+    not sampled: what is judged with them shall not need the sampler."""
+    rng = random.Random(3)
+    (eos,) = soar.eos_ids(model)
+    rollouts = []
+    for i in range(n * len(PROMPTS)):
+        completion = [rng.randrange(2, 32) for _ in range(rng.randint(1, 10))]
+        truncated = len(completion) == 10
+        if not truncated:
+            completion[-1] = eos
+        rollouts.append(Rollout(PROMPTS[i // n], completion, "", truncated))
+    return rollouts
 
 
 def all_rollouts(prompt, vocab: int, eos: int, longest: int) -> list[Rollout]:
@@ -3053,6 +3397,39 @@ def test_completion_logprobs_equal_full_logits(kind, temperature, rows):
     gradient = flat_gradient(model)
     (expected * weights).sum().backward()
     torch.testing.assert_close(gradient, flat_gradient(model), rtol=1e-3, atol=1e-4)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the numbers in the largest tensor that any operation makes, backward pass included."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+        return out
+
+
+def test_full_logits_never_exist():
+    """Logits of all tokens at once, or in chunks that are all kept for the backward pass: with a
+    vocabulary of 128,000 the first thing that does not fit."""
+    vocab = 997
+    model = random_model(vocab=vocab)
+    rollouts = some_rollouts(model, 40)
+    everything = vocab * sum(len(rollout.completion) for rollout in rollouts)
+    kept = []
+
+    def keep(tensor):
+        if vocab in tensor.shape and 32 not in tensor.shape:  # 32: the weights, [V, D]
+            kept.append(tensor.numel())
+        return tensor
+
+    largest = Largest()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), largest:
+        soar.completion_logprobs(model, rollouts, 1.0, 16).sum().backward()
+    assert largest.numbers < everything / 4 and sum(kept) < everything / 4
 
 
 def test_eos_is_trained(update_gradient):
@@ -3177,6 +3554,28 @@ def test_sampler_gap_shows_when_another_policy_was_sampled():
     assert gap(1.0) > 0.05
 
 
+def test_update_moves_the_weights():
+    """A step down the reward, one without the moments of the last, or with its gradient left over:
+    two updates are two steps of torch's AdamW."""
+    policy = bare_policy(random_model())
+    twin = random_model()
+    rollouts = some_rollouts(twin)
+    moments = soar.adamw_state(policy.model)
+    optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-2, weight_decay=0.0)
+    config = small_config(kl=0.0, clip=0.0, temperature=1.0)
+    for shift in (0, 2):
+        advantages = soar.rloo_advantages((torch.arange(12.0) + shift) ** 2 % 7, 4)
+        logprobs = torch.stack([slow_logprob(twin, rollout) for rollout in rollouts])
+        optimizer.zero_grad()
+        (-(advantages * logprobs).sum() / 12).backward()
+        optimizer.step()
+        soar.policy_update(policy, rollouts, advantages.double(), moments, 1e-2, config)
+    moved = torch.cat([(p - q).flatten() for p, q in zip(twin.parameters(), policy.base)])
+    pairs = zip(policy.model.parameters(), twin.parameters())
+    error = torch.cat([(p - q).flatten() for p, q in pairs])
+    assert error.norm() < 0.02 * moved.norm()
+
+
 def test_update_without_signal_changes_nothing():
     """With all groups flat there is no gradient at all: moments and weights must stay, not decay."""
     policy = bare_policy(random_model(), random_model(seed=1))
@@ -3272,6 +3671,7 @@ def test_student_goes_on_where_it_stopped(policy):
         (r"<question>  </question><answer>\boxed{1}</answer>", None),
         (r"<question>1?</question><answer>\boxed{ }</answer>", None),
         (r"<question>1?</question><answer>\boxed{}</answer>", None),
+        (r"<question>1?</question><answer>\boxed{hello world}</answer>", None),
         (r"<question>1?</question><question>2?</question><answer>\boxed{2}</answer>", ("2?", "2")),
         (r"<question>1? <question>2?</question><answer>\boxed{2}</answer>", ("2?", "2")),
         (
@@ -3355,12 +3755,12 @@ def test_parse_problem_against_its_definition():
 )
 def test_parse_problem_takes_linear_time(piece):
     """2,048 repeated tags took a minute, which a teacher's first samples can cost many times over."""
-    start = time.perf_counter()
+    start = time.process_time()
     assert soar.parse_problem(piece * 2048) is None
     assert (
         soar.parse_problem("<question>1?</question>" + piece * 8192) is None or "<answer>" in piece
     )
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_propose_resamples_until_full(policy):
@@ -3425,6 +3825,62 @@ def test_proposition_1_by_enumeration():
         assert (missing.norm() / true.norm()).item() == pytest.approx(error, rel=0.05)
 
 
+LOGITS = torch.tensor([0.3, -1.0, 0.8, 0.0, 0.5], dtype=torch.float64)
+REFERENCE = torch.tensor([0.0, 0.5, 0.0, 0.6, -0.4], dtype=torch.float64)
+ACCEPTED = [0, 2, 3]
+
+
+@pytest.fixture
+def added(monkeypatch):
+    """The functions that assignment A4 adds: a student's or, beside soar.py, the solution."""
+    for name in ("rejection_gap", "kl_gap"):
+        if not hasattr(soar, name) and Path(soar.__file__).resolve() == ROOT / "soar.py":
+            define(monkeypatch, SOLUTIONS[name])
+
+
+def test_rejection_gap(added):
+    """A gap of weights whose mean is zero, none of others; ln pi_0 where ln pi is meant."""
+    logits = LOGITS.clone().requires_grad_()
+    pi_0 = logits.softmax(0)
+    pi = pi_0 / pi_0[ACCEPTED].sum()
+    rewards = torch.tensor([0.2, 9.0, -0.1, 0.4, 9.0], dtype=torch.float64)
+    chances = pi.detach()[ACCEPTED]
+    for weights in (rewards, rewards - (chances * rewards[ACCEPTED]).sum(), rewards * 0 + 1):
+        expected = torch.zeros(5, dtype=torch.float64)
+        for action in ACCEPTED:
+            for p, sign in ((pi_0, 1), (pi, -1)):
+                (score,) = torch.autograd.grad(p[action].log(), logits, retain_graph=True)
+                expected += sign * pi[action].item() * weights[action] * score
+        found = soar.rejection_gap(LOGITS.clone(), ACCEPTED, weights)
+        torch.testing.assert_close(found.detach(), expected)
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.001, 0.5])
+def test_kl_gap(kl, added):
+    """A KL term over all actions instead of the accepted ones, or a gap with the wrong sign: the
+    expected update is enumerated over all groups."""
+    logits = LOGITS.clone().requires_grad_()
+    pi_0 = logits.softmax(0)
+    pi = pi_0 / pi_0[ACCEPTED].sum()
+    log_reference = REFERENCE.log_softmax(0)
+    rewards = torch.tensor([0.2, 9.0, -0.1, 0.4, 9.0], dtype=torch.float64)
+    groups = torch.tensor(list(itertools.product(ACCEPTED, repeat=3)))
+    chances = pi.detach()[groups].prod(1)
+    advantages = rewards[groups] - (rewards[groups].sum(1, keepdim=True) - rewards[groups]) / 2
+    scores = torch.eye(5, dtype=torch.float64) - pi_0.detach()  # row a: grad ln pi_0(a)
+
+    def update(advantages):
+        weights = advantages - kl * (pi_0.log() - log_reference).detach()[groups]
+        return torch.einsum("b,bg,bgd->d", chances, weights, scores[groups]) / 3
+
+    of_accepted = log_reference - log_reference[ACCEPTED].logsumexp(0)
+    aim = (pi * rewards)[ACCEPTED].sum() - kl * (pi * (pi.log() - of_accepted))[ACCEPTED].sum()
+    expected = update(advantages) - torch.autograd.grad(aim, logits)[0]
+    assert (expected.norm() > 1e-6) == (kl > 0)
+    found = soar.kl_gap(LOGITS.clone(), ACCEPTED, REFERENCE.clone(), kl)
+    torch.testing.assert_close(found.detach(), expected)
+
+
 # ======================================================================================================================
 # Reward and promotion
 # ======================================================================================================================
@@ -3465,8 +3921,8 @@ def test_median_student(rewards, index):
 )
 def test_promotion_due(history, window, tau, due):
     """One lucky first step, a mean of exactly tau, or steps from before the window must not promote."""
-    assert soar.promotion_due(history, Config(window=window, tau=tau)) is due
-    assert soar.promotion_due(history, Config(window=window, tau=tau, promotion=False)) is False
+    assert bool(soar.promotion_due(history, Config(window=window, tau=tau))) is due
+    assert not soar.promotion_due(history, Config(window=window, tau=tau, promotion=False))
 
 
 def fresh_state(policy, **fields) -> soar.State:
@@ -3491,45 +3947,6 @@ def test_teacher_moments_are_held_once(policy, monkeypatch):
     rollouts = soar.sample(policy, [policy.teacher_prompt()], 4, 12, config, soar.seeded(0))
     soar.teacher_update(policy, rollouts, torch.tensor([1.0, -1.0, 1.0, -1.0]), state, config)
     assert held == [{}] and state.moments["t"] == 1 and any(x.any() for x in state.moments["m"])
-
-
-@pytest.mark.parametrize(
-    "table, champion",
-    [
-        ([[0.1], [0.3]], (1, 0)),
-        ([[0.5, 0.0], [0.3, 0.4]], (1, 1)),
-        ([[0.3, 0.2, 0.4], [0.9, -0.3, 0.0]], (0, 0)),
-        ([[0.0, 0.0], [0.0, 0.0]], (0, 1)),
-        ([[-0.4, -0.2], [-0.1, -0.3]], (1, 0)),
-        ([[0.1, 0.4, 0.2, 0.3], [0.2, 0.2, 0.2, 0.2]], (0, 3)),
-    ],
-)
-def test_champion(table, champion, policy, monkeypatch):
-    """The promoted student comes from the dataset with the best MEAN reward, wherever the best single student is."""
-    before, trained, state = 0.5, [], fresh_state(policy)
-
-    def train(policy, batches, config, key, *_):
-        trained.append(key[-2:])
-        return [{"success": 0.0}]
-
-    monkeypatch.setattr(soar, "train_student", train)
-    monkeypatch.setattr(soar, "batches_of", lambda *_: [])
-    monkeypatch.setattr(soar, "snapshot", lambda _: ["weights of", *trained[-1]])
-    monkeypatch.setattr(
-        soar,
-        "greedy_right",
-        lambda *_: torch.tensor(
-            [before + (table[trained[-1][0]][trained[-1][1]] if trained else 0)],
-            dtype=torch.float64,
-        ),
-    )
-    rewards, errors, found, _ = soar.grounded_rewards(
-        policy, [[]] * len(table), [], state, small_config(repeats=len(table[0]))
-    )
-    assert (found.dataset, found.student) == champion
-    assert found.weights == ["weights of", *champion]
-    torch.testing.assert_close(rewards, torch.tensor(table, dtype=torch.float64))
-    assert errors.shape == rewards.shape
 
 
 def test_grounded_rewards(policy, monkeypatch):
@@ -3688,6 +4105,314 @@ def test_best_promoted_student_is_kept(policy, tmp_path, monkeypatch):
         assert same(state.baseline, weights)
     assert kept == [0, 0, 2] and state.promotions == 3 and state.best_accuracy == 0.75
     assert [row["question"] for row in state.promotion_questions] == ["0", "1", "2"]
+
+
+# ==================================================================================================
+# SOAR on a toy: a policy that can be computed by hand
+# ==================================================================================================
+
+# Whatever a solution of these functions looks like, it reaches the language model through sample()
+# and completion_logprobs() alone. Here a table stands behind both. There are twelve facts. The
+# teacher writes a problem about one of them, by a softmax over `writes` (the last entry: something
+# that is no problem); a student knows a fact, that is, answers greedily right, where its entry of
+# `knows` is above 0. All else is real: training, rewards, promotion, in milliseconds.
+
+FACTS = 12
+
+
+class Bandit(torch.nn.Module):
+    """The table that is trained like a model."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        super().__init__()
+        self.writes = torch.nn.Parameter(torch.zeros(FACTS + 1))
+        self.knows = torch.nn.Parameter(torch.full((FACTS,), -0.2))
+
+    def scores(self):
+        """[1 + FACTS, FACTS + 1] logits: row 0 the teacher's, row 1 + f those of fact f."""
+        table = torch.full((1 + FACTS, FACTS + 1), -1e9)
+        table[0] = self.writes
+        table[1:, 0] = 0.0  # a wrong answer
+        table[1:, 1] = self.knows  # the right one
+        return table
+
+    def save_pretrained(self, folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        torch.save(self.state_dict(), Path(folder) / "weights.pt")
+
+
+class ToyPolicy(soar.Policy):
+    """A prompt is one token: 0 for the teacher, 1 + f for fact f."""
+
+    def teacher_prompt(self):
+        return [0]
+
+    def student_prompt(self, problem):
+        return [1 + int(problem.question.split()[1])]
+
+
+def about_facts(*facts: int) -> list[Problem]:
+    return [Problem(f"fact {fact}", str(fact)) for fact in facts]
+
+
+def table_of(writes=0.0, knows=-0.2) -> list[torch.Tensor]:
+    """Weights of the toy; a number stands for all entries."""
+    writes = torch.as_tensor(writes, dtype=torch.float32).expand(FACTS + 1)
+    return [writes.clone(), torch.as_tensor(knows, dtype=torch.float32).expand(FACTS).clone()]
+
+
+@pytest.fixture
+def toy_policy(monkeypatch):
+    """A policy that plays on the table. Its `asked` lists the facts of greedy questions."""
+    model = Bandit()
+    words = types.SimpleNamespace(save_pretrained=lambda folder: None, chat_template=None)
+    policy = ToyPolicy(
+        model,
+        copy.deepcopy(model),
+        words,
+        "",
+        "{problem}",
+        False,
+        soar.snapshot(model),
+        soar.Meter(),
+    )
+    policy.asked = []
+
+    def text_of(place, token):
+        if place:
+            return rf"\boxed{{{place - 1}}}" if token == 1 else r"\boxed{99}"
+        if token == FACTS:
+            return "no problem"
+        return rf"<question>fact {token}</question><answer>\boxed{{{token}}}</answer>"
+
+    def sample(policy, prompts, copies, max_new_tokens, config, generator=None):
+        scores = policy.model.scores().detach() / config.temperature
+        rollouts = []
+        for (place,) in prompts:
+            tokens = [int(scores[place].argmax())] * copies
+            if generator is None:
+                policy.asked.append(place - 1)
+            else:
+                chances = scores[place].softmax(0)
+                tokens = torch.multinomial(chances, copies, True, generator=generator).tolist()
+            logprobs = scores[place].log_softmax(0).tolist()
+            for token in tokens:
+                text = text_of(place, token)
+                rollouts.append(Rollout([place], [token], text, False, logprobs[token]))
+        return rollouts
+
+    def completion_logprobs(model, rollouts, temperature, rows=512):
+        logprobs = (model.scores() / temperature).log_softmax(-1)
+        places = [rollout.prompt[0] for rollout in rollouts]
+        return logprobs[places, [rollout.completion[0] for rollout in rollouts]]
+
+    monkeypatch.setattr(soar, "sample", sample)
+    monkeypatch.setattr(soar, "completion_logprobs", completion_logprobs)
+    return policy
+
+
+def toy_config(**overrides) -> Config:
+    """Six steps of 0.1 lift a fact that is trained in each of them from -0.2 to above 0."""
+    sizes = dict(
+        dataset="toy.jsonl",
+        temperature=1.0,
+        kl=0.0,
+        inner_steps=6,
+        student_lr=0.1,
+        student_group=16,
+        reward_questions=4,
+        teacher_lr=0.5,
+    )
+    return small_config(**sizes | overrides)
+
+
+def toy_accuracy(weights: list[torch.Tensor], facts: list[int]) -> float:
+    """The share of these facts that a student with these weights answers greedily right."""
+    return (weights[1][facts] > 0).double().mean().item()
+
+
+def test_grounded_rewards_on_the_toy(toy_policy):
+    """Gains over the base model and not over the baseline, a student that goes on from the one
+    before it or from the teacher, other questions after than before, a wrong standard error."""
+    knows = [1.0] + [-0.2] * 11
+    state = fresh_state(toy_policy, promotions=0)
+    state.baseline = table_of(knows=knows)
+    soar.restore(toy_policy.model, table_of(knows=3.0))  # whatever the live model was before
+    datasets = [about_facts(1, 1, 1, 1), about_facts(1, 2, 1, 2), about_facts(8, 9, 8, 9)]
+    questions = about_facts(0, 1, 2, 3)
+    rewards, errors, champion, figures = soar.grounded_rewards(
+        toy_policy, datasets, questions, state, toy_config()
+    )
+    expected = torch.tensor([[0.25] * 2, [0.5] * 2, [0.0] * 2], dtype=torch.float64)
+    torch.testing.assert_close(rewards.double(), expected)
+    # Over the four questions the gains are 0 1 0 0, 0 1 1 0, 0 0 0 0.
+    deviations = torch.tensor([[3**0.5 / 4] * 2, [0.5] * 2, [0.0] * 2], dtype=torch.float64)
+    torch.testing.assert_close(errors.double(), deviations / 4**0.5)
+    assert champion.dataset == 1 and figures["accuracy_before"] == pytest.approx(0.25)
+    assert (champion.weights[1] > 0).nonzero()[:, 0].tolist() == [0, 1, 2]
+    assert same(state.baseline, table_of(knows=knows)) and set(toy_policy.asked) == {0, 1, 2, 3}
+
+
+def test_inner_extra_on_the_toy(toy_policy):
+    """Steps after a promotion that are forgotten, or that the first promotion alone brings."""
+    gains = []
+    for promotions in range(3):
+        state = fresh_state(toy_policy, promotions=promotions)
+        config = toy_config(inner_steps=1, inner_extra=2, student_lr=0.08)
+        rewards, *_ = soar.grounded_rewards(
+            toy_policy, [about_facts(1, 1, 1, 1)] * 2, about_facts(1), state, config
+        )
+        gains.append(rewards.mean().item())
+    # The rates of 1, 3 and 5 steps add up to 1, 2 and 3 peaks: 0.08, 0.16 and 0.24.
+    assert gains == [0.0, 0.0, 1.0]
+
+
+def test_champion_on_the_toy(toy_policy):
+    """The best single student, a student of another dataset, weights that are not its own."""
+    questions, lucky = [1, 2, 3, 4, 5, 6], 0
+    datasets = [about_facts(1, 2, 3, 4), about_facts(3, 4, 5, 6), about_facts(1, 2, 5, 6)]
+    for seed in range(12):
+        # Two attempts are often alike, and then teach nothing: much luck.
+        config = toy_config(
+            seed=seed, repeats=3 + seed % 2, inner_steps=3, student_group=2, student_lr=0.2
+        )
+        state = fresh_state(toy_policy, step=seed)
+        rewards, _, champion, _ = soar.grounded_rewards(
+            toy_policy, datasets, about_facts(*questions), state, config
+        )
+        means = rewards.mean(1).tolist()
+        row = rewards[champion.dataset].tolist()
+        assert means[champion.dataset] == pytest.approx(max(means))
+        median = sorted(row)[len(row) // 2]
+        assert row[champion.student] == pytest.approx(median)
+        assert toy_accuracy(champion.weights, questions) == pytest.approx(median)
+        lucky += median < max(row) and max(row) > min(row)
+    assert lucky > 2
+
+
+def test_promote_on_the_toy(toy_policy, tmp_path):
+    """A window that goes on over a promotion, a dataset that D_best lacks, and a later promotion
+    that is worse on the hard set and still replaces the student that is kept."""
+    config = toy_config(out=str(tmp_path))
+    hard_train = about_facts(0, 1, 2, 3)
+    state = fresh_state(toy_policy)
+    kept = []
+    for number, known in enumerate((2, 1, 3)):
+        weights = table_of(knows=[1.0] * known + [-1.0] * (FACTS - known))
+        datasets = [about_facts(11), about_facts(number, number + 1)]
+        state.history = [0.5, 0.25]
+        row = soar.promote(
+            toy_policy, soar.Champion(1, 1, weights), datasets, hard_train, state, config
+        )
+        assert same(state.baseline, weights) and list(state.history) == []
+        assert (row["dataset"], row["student"]) == (1, 1)
+        assert row["accuracy"] == pytest.approx(known / 4)
+        kept.append(torch.load(tmp_path / "student" / "weights.pt")["knows"].gt(0).sum().item())
+    assert kept == [2, 2, 3] and state.promotions == 3
+    assert state.best_accuracy == pytest.approx(0.75)
+    assert state.student_key == soar.weights_key(state.baseline)
+    questions = [Problem(**row) for row in state.promotion_questions]
+    assert questions == about_facts(0, 1, 1, 2, 2, 3)
+
+
+@pytest.mark.parametrize("tau", [10.0, -10.0])
+def test_outer_step_on_the_toy(tau, toy_policy, tmp_path):
+    """Problems by the student instead of the teacher, students that start from the teacher, a
+    promotion that is due and does not come or the other way round, books that do not agree."""
+    config = toy_config(tau=tau, out=str(tmp_path), seed=7, n=3, repeats=1)
+    state = fresh_state(toy_policy)
+    state.teacher = table_of(writes=[-9.0, 5, 5, 5] + [-9.0] * 9)  # it writes about three facts
+    before = copy.deepcopy(state.teacher)
+    row = soar.outer_step(toy_policy, about_facts(*range(8)), state, config)
+    facts = [int(question["answer"]) for question in state.questions]
+    assert set(facts) <= {1, 2, 3} and len(facts) == 2 * 3
+    assert [question["dataset"] for question in state.questions] == [0] * 3 + [1] * 3
+    assert {question["step"] for question in state.questions} == {0}
+    rewards = torch.tensor(row["rewards"])
+    assert rewards.shape == torch.tensor(row["errors"]).shape == (2, 1)
+    for question in state.questions:
+        assert question["reward"] == pytest.approx(rewards[question["dataset"]].mean().item())
+    mean = rewards.mean().item()
+    assert row["reward"] == pytest.approx(mean) and row["average"] == pytest.approx(mean)
+    assert state.step == 1 and list(state.log) == [row] and row["step"] == 0
+    assert state.moments["t"] <= 1 and same(before[1:], state.teacher[1:])
+    if tau > 0:
+        assert same(state.baseline, toy_policy.base) and row["promotion"] is None
+        assert list(state.history) == pytest.approx([mean]) and not list(tmp_path.iterdir())
+    else:
+        k = row["promotion"]["dataset"]
+        assert rewards[k].mean() == rewards.mean(1).max()
+        dataset = [
+            Problem(q["question"], q["answer"]) for q in state.questions if q["dataset"] == k
+        ]
+        assert [Problem(**row) for row in state.promotion_questions] == dataset
+        known = (state.baseline[1] > toy_policy.base[1]).nonzero()[:, 0].tolist()
+        assert known == sorted({int(problem.answer) for problem in dataset})
+        assert torch.equal(state.baseline[0], toy_policy.base[0])  # no teacher in the student
+        assert state.promotions == 1 and list(state.history) == []
+
+
+def test_a_late_promotion_on_the_toy(toy_policy, tmp_path):
+    """A promotion after one lucky step; and after a promotion a window that begins anew."""
+    config = toy_config(tau=-10.0, window=2, out=str(tmp_path), n=2, repeats=1)
+    state = fresh_state(toy_policy)
+    promoted = []
+    for _ in range(5):
+        row = soar.outer_step(toy_policy, about_facts(*range(FACTS)), state, config)
+        promoted.append(row["promotion"] is not None)
+    assert promoted == [False, True, False, True, False]
+    rewards = [row["reward"] for row in state.log]
+    averages = [row["average"] for row in state.log]
+    expected = [rewards[0], sum(rewards[:2]) / 2, rewards[2], sum(rewards[2:4]) / 2, rewards[4]]
+    assert averages == pytest.approx(expected) and list(state.history) == pytest.approx(rewards[4:])
+    assert [row["step"] for row in state.log] == [0, 1, 2, 3, 4]
+
+
+def test_questions_on_the_toy(toy_policy, tmp_path):
+    """The same hard problems in every step, other ones for each student, one asked twice, or
+    proposals that repeat those of the step before."""
+    config = toy_config(tau=10.0, out=str(tmp_path), n=4, repeats=2, inner_steps=1)
+    state = fresh_state(toy_policy)
+    asked, written = [], []
+    for step in range(4):
+        toy_policy.asked.clear()
+        soar.outer_step(toy_policy, about_facts(*range(10)), state, config)
+        assert len(set(Counter(toy_policy.asked).values())) == 1  # the same before and after
+        asked.append(frozenset(toy_policy.asked))
+        written.append(tuple(q["answer"] for q in state.questions if q["step"] == step))
+    assert {len(facts) for facts in asked} == {4} and len(set(asked)) > 2 and len(set(written)) == 4
+
+
+def test_teacher_on_the_toy(toy_policy, tmp_path):
+    """An advantage with the wrong sign, one that lands on the problems of another dataset, or one
+    that compares datasets of different groups."""
+    checked = 0
+    for seed in range(6):
+        config = toy_config(
+            seed=seed,
+            tau=10.0,
+            out=str(tmp_path),
+            n=4,
+            repeats=1,
+            teacher_batch=2,
+            reward_questions=8,
+        )
+        state = fresh_state(toy_policy)
+        before = copy.deepcopy(state.teacher)
+        row = soar.outer_step(toy_policy, about_facts(*range(8)), state, config)
+        a, b, c, d = [rewards[0] for rewards in row["rewards"]]  # two groups of two datasets
+        advantages = [a - b, b - a, c - d, d - c]
+        # Advantages sum to zero; so a logit's gradient is the sum over the problems about its fact.
+        gradient = torch.zeros(FACTS + 1)
+        for question in state.questions:
+            gradient[int(question["answer"])] += advantages[question["dataset"]]
+        clear = gradient.abs() > 0.01
+        moved = state.teacher[0] - before[0]
+        assert torch.equal(moved[clear].sign(), gradient[clear].sign())
+        checked += clear.sum().item()
+    assert checked > 15
 
 
 # ======================================================================================================================
@@ -5913,6 +6638,597 @@ def test_eval_settings_have_help(capsys):
         shown = capsys.readouterr().out
         assert end.value.code == 0
         assert all(soar.flag(field.name) in shown for field in dataclasses.fields(kind))
+
+
+# ==================================================================================================
+# Assignments: the judges are judged
+# ==================================================================================================
+
+# For each function of an assignment a right solution that is not soar.py's, and edits of it that
+# are typical mistakes: the tests that judge the function must let the one pass and no other.
+
+RLOO = """
+def rloo_advantages(rewards, group_size):
+    advantages = []
+    for group in rewards.split(group_size):
+        advantages.append((group - group.mean()) * group_size / (group_size - 1))
+    return torch.cat(advantages)
+"""
+PASS_AT_K = """
+def pass_at_k(n, c, k):
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+"""
+LEARNING_RATE = """
+def learning_rate(peak, step, total, warmup):
+    if step < warmup:
+        return (step + 1) / warmup * peak
+    done = min(step, total) - warmup
+    return peak * math.cos(math.pi / 2 * done / max(1, total - warmup)) ** 2
+"""
+PARSE_PROBLEM = """
+def parse_problem(text):
+    tags = [(m.start(), m.end(), m[0]) for m in re.finditer("<question>|<answer>", text)]
+    tags.append((len(text), len(text), ""))
+    for first, second, third in zip(tags, tags[1:], tags[2:]):
+        if first[2] != "<question>" or second[2] != "<answer>":
+            continue
+        question, question_closes, _ = text[first[1] : second[0]].partition("</question>")
+        answer, answer_closes, _ = text[second[1] : third[0]].partition("</answer>")
+        if question_closes and answer_closes:
+            box = extract_boxed(answer)
+            if box is None or not question.strip() or not parses(box):
+                return None
+            return Problem(question.strip(), box.strip())
+    return None
+"""
+STUDENT_REWARD = r"""
+def student_reward(completion, gold):
+    found = []
+    for box in boxes(completion):
+        found.append(box)
+        if len(found) > MAX_GUESSES:
+            break
+    if not found:
+        return 0.0
+    if answers_equal(found[0], gold):
+        return RIGHT
+    formulas = re.finditer(r"\$([^$]+)\$|\\\((.+?)\\\)", completion)
+    guesses = [formula[1] or formula[2] for formula in formulas]
+    guesses = guesses[::-1] + found[1:]
+    for guess in guesses[:MAX_GUESSES]:
+        if answers_equal(guess, gold):
+            return 20.0
+    return 10.0
+"""
+PICK_TOKENS = """
+def pick_tokens(logits, temperature, uniforms=None):
+    if uniforms is None:
+        best = logits.argmax(-1)
+        return best, torch.zeros(len(best))
+    logprobs = (logits.double() / temperature).log_softmax(-1)
+    below = logprobs.exp().cumsum(-1) <= uniforms[:, None]
+    tokens = below.sum(-1).clamp(max=logits.shape[1] - 1)
+    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0].float()
+"""
+NAIVE_LOGPROBS = """
+def completion_logprobs(model, rollouts, temperature, rows=512):
+    sums = []
+    for rollout in rollouts:
+        ids = torch.tensor([rollout.prompt + rollout.completion], device=model.device)
+        start = len(rollout.prompt)
+        logits = model(input_ids=ids).logits[0].float()
+        logprobs = (logits / temperature).log_softmax(-1)[start - 1 : -1]
+        sums.append(logprobs.gather(-1, ids[0, start:, None]).sum())
+    return torch.stack(sums)
+"""
+SMALL_LOGPROBS = """
+def completion_logprobs(model, rollouts, temperature, rows=512):
+    def one(rollout):
+        ids = torch.tensor([rollout.prompt + rollout.completion], device=model.device)
+        start = len(rollout.prompt)
+        hidden = model.base_model(input_ids=ids).last_hidden_state[0, start - 1 : -1]
+        logits = next_token_logits(model, hidden).float() / temperature
+        chosen = logits.gather(-1, ids[0, start:, None])[:, 0]
+        return (chosen - logits.logsumexp(-1)).sum()
+
+    return torch.stack([checkpoint(one, rollout, use_reentrant=False) for rollout in rollouts])
+"""
+POLICY_UPDATE = """
+def policy_update(policy, rollouts, advantages, moments, lr, config, rounding=None):
+    divergences, gaps = [], []
+    policy.model.train(config.checkpointing)
+    for rollout, advantage in zip(rollouts, advantages.tolist()):
+        if advantage == 0:
+            continue
+        logprob = completion_logprobs(policy.model, [rollout], config.temperature)
+        weight, k1 = advantage, 0.0
+        if config.kl:
+            with torch.no_grad():
+                reference = completion_logprobs(policy.reference, [rollout], config.temperature)
+            k1 = (logprob - reference).item()
+            divergences.append(k1)
+        weight -= config.kl * k1
+        loss = -weight * logprob[0] / len(rollouts)
+        loss.backward()
+        gaps += sampler_gaps([rollout], logprob)
+    policy.model.eval()
+    if not gaps:
+        return {"grad_norm": 0.0, "kl": 0.0, "sampler_gap": 0.0}
+    norm = adamw_step(policy.model, moments, lr, config, rounding)
+    kl = sum(divergences) / max(1, len(divergences))
+    return {"grad_norm": norm, "kl": kl, "sampler_gap": sum(gaps) / len(gaps)}
+"""
+REJECTION_GAP = """
+def rejection_gap(logits, accepted, weights):
+    logits = logits.detach().requires_grad_()
+    pi_0 = logits.softmax(0)
+    mass = pi_0[accepted].sum()
+    pi = pi_0[accepted] / mass
+    (gradient,) = torch.autograd.grad(mass.log(), logits, retain_graph=True)
+    return ((pi * weights[accepted]).sum() * gradient).detach()
+"""
+KL_GAP = """
+def kl_gap(logits, accepted, reference, kl):
+    k1 = logits.log_softmax(0) - reference.log_softmax(0)
+    return rejection_gap(logits, accepted, -kl * k1)
+"""
+MEDIAN_STUDENT = """
+def median_student(rewards):
+    return int(np.argsort(rewards, kind="stable")[len(rewards) // 2])
+"""
+PROMOTION_DUE = """
+def promotion_due(history, config):
+    window = history[-config.window :]
+    if not config.promotion or len(window) < config.window:
+        return False
+    return np.mean(window) > config.tau
+"""
+PROMOTE = """
+def promote(policy, champion, datasets, hard_train, state, config):
+    restore(policy.model, champion.weights)
+    right = greedy_right(policy, hard_train, config)
+    accuracy = float(right.sum()) / len(hard_train)
+    if accuracy > state.best_accuracy:
+        save_model(policy.model, policy.tokenizer, Path(config.out) / "student")
+        state.best_accuracy = accuracy
+        state.student_key = weights_key(champion.weights)
+    state.baseline = champion.weights
+    state.promotions = state.promotions + 1
+    state.history = []
+    for problem in datasets[champion.dataset]:
+        state.promotion_questions.append(vars(problem))
+    return {"dataset": champion.dataset, "student": champion.student, "accuracy": accuracy}
+"""
+GROUNDED_REWARDS = """
+def grounded_rewards(policy, datasets, questions, state, config):
+    steps = config.inner_steps + config.inner_extra * state.promotions
+    restore(policy.model, state.baseline)
+    before = greedy_right(policy, questions, config)
+    gains = torch.zeros(len(datasets), config.repeats, len(questions), dtype=torch.float64)
+    students, logs = {}, []
+    for j in range(config.repeats):
+        for k, dataset in enumerate(datasets):
+            restore(policy.model, state.baseline)  # a fresh student
+            key = ("my students", config.seed, state.step, j, k)
+            batches = batches_of(dataset, steps, config.student_batch, seeded(*key))
+            logs += train_student(policy, batches, config, key)
+            students[k, j] = snapshot(policy.model)
+            gains[k, j] = greedy_right(policy, questions, config) - before
+    rewards = gains.mean(2)
+    errors = (gains.var(2, correction=0) / len(questions)).sqrt()
+    k = int(rewards.mean(1).argmax())
+    j = median_student(rewards[k].tolist())
+    figures = {name: sum(log[name] for log in logs) / len(logs) for name in logs[0]}
+    figures["accuracy_before"] = before.mean().item()
+    return rewards, errors, Champion(k, j, students[k, j]), figures
+"""
+OUTER_STEP = """
+def outer_step(policy, hard_train, state, config):
+    n, step = config.n, state.step
+    K = config.teacher_batch * config.teacher_group
+    restore(policy.model, state.teacher)
+    luck = seeded("my proposals", config.seed, step)
+    rollouts, problems, figures = propose(policy, K * n, config, luck)
+    datasets = [problems[k * n : (k + 1) * n] for k in range(K)]
+    if config.reward == "learnability":
+        measured = learnability_rewards(policy, datasets, state, config)
+    else:
+        rng = random.Random(f"my questions {config.seed} {step}")
+        questions = rng.sample(hard_train, min(len(hard_train), config.reward_questions))
+        measured = grounded_rewards(policy, datasets, questions, state, config)
+    rewards, errors, champion, training = measured
+    worth = rewards.mean(1)
+    advantages = rloo_advantages(worth, config.teacher_group)
+    spread = advantages[:, None].expand(-1, n).flatten()
+    figures |= teacher_update(policy, rollouts, spread, state, config)
+    state.history = state.history + [worth.mean().item()]
+    average = float(np.mean(state.history[-config.window :]))
+    promotion = None
+    if champion is not None and promotion_due(state.history, config):
+        promotion = promote(policy, champion, datasets, hard_train, state, config)
+    row = {"step": step, "rewards": rewards.tolist(), "errors": errors.tolist()}
+    row |= {"reward": worth.mean().item(), "average": average, "promotion": promotion}
+    row |= {"teacher": figures, "student": training}
+    if config.dataset == "tiny":
+        row["topics"] = topic_shares(problems)
+    state.log.append(row)
+    for k, dataset in enumerate(datasets):
+        for problem in dataset:
+            place = {"step": step, "dataset": k, "reward": worth[k].item()}
+            state.questions.append(place | vars(problem))
+    state.step = step + 1
+    return row
+"""
+# Function -> its right solution.
+SOLUTIONS = {
+    "rloo_advantages": RLOO,
+    "pass_at_k": PASS_AT_K,
+    "learning_rate": LEARNING_RATE,
+    "parse_problem": PARSE_PROBLEM,
+    "student_reward": STUDENT_REWARD,
+    "pick_tokens": PICK_TOKENS,
+    "completion_logprobs": NAIVE_LOGPROBS,
+    "policy_update": POLICY_UPDATE,
+    "rejection_gap": REJECTION_GAP,
+    "kl_gap": KL_GAP,
+    "median_student": MEDIAN_STUDENT,
+    "promotion_due": PROMOTION_DUE,
+    "promote": PROMOTE,
+    "grounded_rewards": GROUNDED_REWARDS,
+    "outer_step": OUTER_STEP,
+}
+# Function, the mistake, what it is in the solution above, and what stands there instead.
+MISTAKES = [
+    ("rloo_advantages", "no leave-one-out", " * group_size / (group_size - 1)", ""),
+    ("rloo_advantages", "groups of 3 for ever", "group_size / (group_size - 1)", "3 / 2"),
+    ("rloo_advantages", "one group", "rewards.split(group_size)", "[rewards]"),
+    (
+        "rloo_advantages",
+        "standard deviation",
+        "* group_size / (group_size - 1)",
+        "/ (group.std() + 1e-6)",
+    ),
+    (
+        "pass_at_k",
+        "a sample twice",
+        "math.comb(n - c, k) / math.comb(n, k)",
+        "(1 - c / n) ** k",
+    ),
+    (
+        "pass_at_k",
+        "a share",
+        "1.0 - math.comb(n - c, k) / math.comb(n, k)",
+        "min(1.0, c * k / n)",
+    ),
+    ("learning_rate", "first step of size 0", "(step + 1) / warmup", "step / warmup"),
+    ("learning_rate", "rises again", "min(step, total)", "step"),
+    ("learning_rate", "warm-up forgotten in the cosine", "max(1, total - warmup)", "total"),
+    ("parse_problem", "unreadable answer", " or not parses(box)", ""),
+    ("parse_problem", "no question", " or not question.strip()", ""),
+    (
+        "parse_problem",
+        "the next one that can be used",
+        "return None\n            ",
+        "continue\n            ",
+    ),
+    ("parse_problem", "a question for an answer", ' or second[2] != "<answer>"', ""),
+    ("student_reward", "first box", "found[0], gold", "found[-1], gold"),
+    ("student_reward", "a list of guesses pays", "guesses[:MAX_GUESSES]", "guesses"),
+    ("student_reward", "the first guesses", "guesses[::-1]", "guesses"),
+    ("student_reward", "no box for the partial reward", "if not found:", "if not completion:"),
+    ("pick_tokens", "temperature forgotten", " / temperature", ""),
+    ("pick_tokens", "impossible token at u = 0", "<= uniforms", "< uniforms"),
+    (
+        "pick_tokens",
+        "log-probability without temperature",
+        "logprobs.gather",
+        "logits.log_softmax(-1).gather",
+    ),
+    (
+        "pick_tokens",
+        "top-k",
+        "    below",
+        "    worst = logprobs < logprobs.topk(min(9, logprobs.shape[1])).values[:, -1:]\n"
+        "    logprobs = logprobs.masked_fill(worst, -math.inf).log_softmax(-1)\n    below",
+    ),
+    ("completion_logprobs", "EOS untrained", ".sum())", "[:-1].sum())"),
+    ("completion_logprobs", "off by one", "[start - 1 : -1]", "[start:]"),
+    ("completion_logprobs", "mean over tokens", ".sum())", ".mean())"),
+    ("completion_logprobs", "temperature forgotten", " / temperature", ""),
+    ("completion_logprobs", "the prompt counted in", "start = len(rollout.prompt)", "start = 1"),
+    ("policy_update", "sign", "-weight * logprob", "weight * logprob"),
+    (
+        "policy_update",
+        "mean over tokens",
+        "len(rollouts)",
+        "len(rollouts) / len(rollout.completion)",
+    ),
+    (
+        "policy_update",
+        "flat groups not in the denominator",
+        "/ len(rollouts)",
+        "/ int(advantages.count_nonzero())",
+    ),
+    ("policy_update", "k1 as a loss", "weight -= config.kl * k1", "weight -= config.kl"),
+    (
+        "policy_update",
+        "k3 as a loss",
+        "weight -= config.kl * k1",
+        "weight -= config.kl * (1 - math.exp(-k1))",
+    ),
+    (
+        "policy_update",
+        "k1 not held constant",
+        "(logprob - reference).item()",
+        "(logprob - reference)[0]",
+    ),
+    (
+        "policy_update",
+        "EOS untrained",
+        "policy.model, [rollout]",
+        "policy.model, [dataclasses.replace(rollout, completion=rollout.completion[:-1])]",
+    ),
+    ("policy_update", "train mode for ever", "policy.model.eval()", "pass"),
+    ("rejection_gap", "not normalised", "pi_0[accepted] / mass", "pi_0[accepted]"),
+    ("rejection_gap", "mass, not its logarithm", "mass.log()", "mass"),
+    (
+        "rejection_gap",
+        "always zero",
+        "weights[accepted]",
+        "(weights - weights[accepted] @ pi)[accepted]",
+    ),
+    ("kl_gap", "sign", "-kl * k1", "kl * k1"),
+    ("kl_gap", "reference not normalised", "reference.log_softmax(0)", "reference"),
+    ("kl_gap", "nothing missing", "-kl * k1", "0 * k1"),
+    ("median_student", "best student", "[len(rewards) // 2]", "[-1]"),
+    ("median_student", "worse of the middle ones", "len(rewards) // 2", "(len(rewards) - 1) // 2"),
+    ("median_student", "second best", "[len(rewards) // 2]", "[max(0, len(rewards) - 2)]"),
+    ("promotion_due", "window not full", "len(window) < config.window", "not window"),
+    ("promotion_due", "exactly tau", "> config.tau", ">= config.tau"),
+    ("promotion_due", "all steps", "np.mean(window)", "np.mean(history)"),
+    ("promotion_due", "--no-promotion", "not config.promotion or ", ""),
+    ("promote", "old rewards stay", "state.history = []", "pass"),
+    ("promote", "the last one is kept", "if accuracy > state.best_accuracy", "if True"),
+    ("promote", "D_best of another dataset", "datasets[champion.dataset]", "datasets[0]"),
+    ("promote", "no new baseline", "state.baseline = champion.weights", "pass"),
+    (
+        "grounded_rewards",
+        "a student after the other",
+        "restore(policy.model, state.baseline)  #",
+        "#",
+    ),
+    (
+        "grounded_rewards",
+        "gain over the base model",
+        "restore(policy.model, state.baseline)\n    before",
+        "restore(policy.model, policy.base)\n    before",
+    ),
+    (
+        "grounded_rewards",
+        "best student",
+        "median_student(rewards[k].tolist())",
+        "int(rewards[k].argmax())",
+    ),
+    (
+        "grounded_rewards",
+        "dataset of the best student",
+        "rewards.mean(1).argmax()",
+        "rewards.max(1).values.argmax()",
+    ),
+    ("grounded_rewards", "no steps more", " + config.inner_extra * state.promotions", ""),
+    ("grounded_rewards", "standard deviation", " / len(questions)).sqrt()", ").sqrt()"),
+    (
+        "grounded_rewards",
+        "weights of another student",
+        "Champion(k, j, students[k, j])",
+        "Champion(k, j, students[k, 0])",
+    ),
+    (
+        "outer_step",
+        "advantages of the wrong dataset",
+        "advantages[:, None].expand(-1, n).flatten()",
+        "advantages.repeat(n)",
+    ),
+    ("outer_step", "sign", "rollouts, spread,", "rollouts, -spread,"),
+    (
+        "outer_step",
+        "one group",
+        "rloo_advantages(worth, config.teacher_group)",
+        "rloo_advantages(worth, K)",
+    ),
+    ("outer_step", "the student writes", "state.teacher", "state.baseline"),
+    ("outer_step", "same questions", "my questions {config.seed} {step}", "{config.seed}"),
+    ("outer_step", "same proposals", "config.seed, step)", "config.seed)"),
+    ("outer_step", "no promotion", "champion is not None and", "False and"),
+    (
+        "outer_step",
+        "promotion too early",
+        "promotion_due(state.history, config)",
+        "average > config.tau",
+    ),
+]
+
+
+def define(monkeypatch, source: str) -> None:
+    """The function of this source in soar, in place of the one that is there."""
+    made = {}
+    exec(source, vars(soar), made)
+    for name, function in made.items():
+        monkeypatch.setattr(soar, name, function, raising=False)
+
+
+def judges_of(label: str) -> str:
+    (tests,) = [labels[label] for labels in ASSIGNMENTS.values() if label in labels]
+    return tests
+
+
+@pytest.mark.parametrize("name", SOLUTIONS)
+def test_another_solution_passes(name, monkeypatch):
+    """A judge that looks at the way, not at what comes out."""
+    define(monkeypatch, SOLUTIONS[name])
+    assert failure(judges_of(name)) == ""
+
+
+@pytest.mark.parametrize("name, mistake, right, wrong", MISTAKES)
+def test_a_mistake_fails(name, mistake, right, wrong, monkeypatch):
+    """A judge that lets a typical mistake pass, or that fails it for a reason that is none."""
+    assert SOLUTIONS[name].count(right) == 1
+    define(monkeypatch, SOLUTIONS[name].replace(right, wrong))
+    reason = failure(judges_of(name))
+    assert reason.startswith("test_") and "NameError" not in reason, reason
+
+
+def test_full_logits_cost_a_part_of_the_score(monkeypatch):
+    """The simple way must have its part, and the economical one the whole."""
+    economical = "completion_logprobs without full logits"
+    define(monkeypatch, NAIVE_LOGPROBS)
+    assert "test_full_logits" in failure(judges_of(economical))
+    define(monkeypatch, SMALL_LOGPROBS)
+    assert failure(judges_of("completion_logprobs")) == failure(judges_of(economical)) == ""
+
+
+def passes_examples(function, docstring: str) -> bool:
+    """Does the function do what the examples of this docstring show?"""
+    names = vars(soar) | {function.__name__: function}
+    examples = doctest.DocTestParser().get_doctest(docstring, names, function.__name__, None, 0)
+    return doctest.DocTestRunner(verbose=False).run(examples, out=lambda _: None).failed == 0
+
+
+def test_examples_are_not_enough(monkeypatch):
+    """Mistakes that the visible examples show already would prove nothing about the judges."""
+    passing = set()
+    given = {name: function for name, function in vars(soar).items() if name in SOLUTIONS}
+    with_examples = {name for name, f in given.items() if ">>>" in f.__doc__}
+    for name, _, right, wrong in MISTAKES:
+        if name in with_examples:
+            define(monkeypatch, SOLUTIONS[name].replace(right, wrong))
+            if passes_examples(getattr(soar, name), given[name].__doc__):
+                passing.add(name)
+    assert passing == with_examples and len(passing) > 5
+
+
+def test_assignments_name_what_is_there():
+    """A function or a test that was renamed; a function without solution, or with one mistake."""
+    functions = [label.split()[0] for labels in ASSIGNMENTS.values() for label in labels]
+    assert set(functions) == set(SOLUTIONS)
+    mistakes = Counter(name for name, *_ in MISTAKES)
+    assert mistakes.keys() == set(SOLUTIONS) and min(mistakes.values()) >= 2
+    assert set(HINTS) <= set(functions)
+    for labels in ASSIGNMENTS.values():
+        assert all(label.split()[0] in labels for label in labels)
+        for tests in labels.values():
+            assert all(callable(globals().get(test)) for test in tests.split())
+
+
+@pytest.mark.parametrize("name", [name for name, labels in ASSIGNMENTS.items() if labels])
+def test_a_file_with_holes_is_soar_else(name, tmp_path, capsys):
+    """A hole that takes a docstring or a neighbour along; a file that is overwritten."""
+    file = tmp_path / "my_soar.py"
+    assert assignments_main(["--assignment", name, str(file)]) == 0
+    written = file.read_text(encoding="utf-8")
+    ours = {
+        node.name: node for node in ast.parse(assignment_source(name)).body if hasattr(node, "name")
+    }
+    source = (ROOT / "soar.py").read_text(encoding="utf-8")
+    originals = {node.name: node for node in ast.parse(source).body if hasattr(node, "name")}
+    holes = {label.split()[0] for label in ASSIGNMENTS[name]}
+    assert ours.keys() == originals.keys() | holes
+    for function, node in ours.items():
+        if function in holes:
+            assert len(node.body) == 2 and ast.unparse(node.body[1]).startswith("raise NotImpl")
+            assert ast.get_docstring(node)
+        if function in originals and function in holes:
+            before = originals[function]
+            assert ast.unparse(node.args) == ast.unparse(before.args)
+            assert ast.get_docstring(node) == ast.get_docstring(before)
+        elif function in originals:
+            assert ast.dump(node) == ast.dump(originals[function])
+    capsys.readouterr()
+    file.write_text("my own work")
+    assert assignments_main(["--assignment", name, str(file)]) == 2
+    assert file.read_text() == "my own work" and capsys.readouterr().err.count("\n") == 1
+    assert written.count("raise NotImplementedError(") == len(holes)
+
+
+def test_hints_name_every_key(toy_policy, tmp_path):
+    """Rows and figures that others read, and of which the holes do not tell."""
+    config = toy_config(tau=-10.0, out=str(tmp_path), repeats=1)
+    state = fresh_state(toy_policy)
+    row = soar.outer_step(toy_policy, about_facts(*range(8)), state, config)
+    update = soar.teacher_update(toy_policy, [], torch.zeros(0), state, config)
+    told = {
+        "outer_step": [*row, *state.questions[0], "topics"],
+        "promote": row["promotion"],
+        "policy_update": update,
+        "grounded_rewards": ["accuracy_before"],
+    }
+    for function, keys in told.items():
+        for key in keys:
+            assert re.search(rf"\b{key}\b", HINTS[function]), (function, key)
+
+
+A1_GONE_WRONG = """
+print("a line of a hundred characters " * 3_000_000)
+
+def rloo_advantages(rewards, group_size):
+    sys.exit("I give up")
+
+def pass_at_k(n, c, k):
+    while True:
+        print(n)
+
+def learning_rate(peak, step, total, warmup):
+    os._exit(7)
+"""
+
+
+def test_whatever_a_student_hands_in_gets_its_line(tmp_path, monkeypatch, capsys):
+    """A judge that hangs, dies or shows a traceback of its own with what it judges; a file that
+    fails as a whole since one function does."""
+    monkeypatch.setitem(globals(), "LIMIT", 15)
+    source = (ROOT / "soar.py").read_text(encoding="utf-8")
+    file = tmp_path / "my_soar.py"
+    file.write_text(source.replace("\nif __name__ ==", A1_GONE_WRONG + "\nif __name__ =="), "utf-8")
+    assert assignments_main(["--grade", "A1", str(file)]) == 1
+    first, second, third, score = capsys.readouterr().out.splitlines()
+    assert first.startswith("rloo_advantages  failed: test_") and "SystemExit" in first
+    assert second.startswith("pass_at_k        failed: test_") and "no end after 15 s" in second
+    assert third.startswith("learning_rate    failed: test_") and "exit code 7" in third
+    assert score == "score: 0 of 3"
+    for text, reason in (
+        ("def f(:\n", "SyntaxError"),
+        ("raise SystemExit(3)", "SystemExit"),
+        ("import os\nos._exit(5)", "exit code 5"),
+        ("import no_such_module", "ModuleNotFoundError"),
+    ):
+        file.write_text(text)
+        assert assignments_main(["--grade", "A1", str(file)]) == 1
+        *lines, score = capsys.readouterr().out.splitlines()
+        assert len(lines) == 3 and all(reason in line for line in lines) and "0 of 3" in score
+
+
+def test_the_solution_has_the_full_score(capsys):
+    """A grade that soar.py itself does not reach."""
+    assert assignments_main(["--grade", "A1", str(ROOT / "soar.py"), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["score"] == result["of"] == 3 and not any(result["failures"].values())
+
+
+@pytest.mark.parametrize(
+    "argv, word",
+    [
+        (["--grade", "A1", "no_such_file.py"], "no_such_file.py"),
+        (["--grade", "A9", "soar.py"], "A9"),
+        (["--grade", "A6", "report.pdf"], "report"),
+        (["--assignment", "A6", "report.md"], "report"),
+        (["--assignment", "A1", "no/such/folder/my_soar.py"], "folder"),
+    ],
+)
+def test_bad_calls_of_the_grader(argv, word, capsys):
+    """A traceback instead of a sentence; a bad call that reads as a failed assignment."""
+    assert assignments_main(argv) == 2
+    printed = capsys.readouterr()
+    assert word in printed.err and printed.err.count("\n") == 1 and not printed.out
 
 
 # ======================================================================================================================

@@ -422,11 +422,13 @@ def bare_policy(model, reference=None):
 
 
 def small_config(**overrides) -> Config:
-    """The tiny preset, with sizes for a test."""
+    """The tiny preset, with sizes for a test that stay when the preset is tuned."""
     sizes = dict(
         dataset="tiny",
         n=4,
         teacher_group=2,
+        teacher_batch=1,
+        kl=0.001,
         repeats=2,
         inner_steps=2,
         student_batch=4,
@@ -534,7 +536,10 @@ def refused(capsys, argv, *words):
 def test_flags_win_over_the_preset_and_the_preset_over_defaults():
     """A flag that equals the default must still beat the preset."""
     config = soar.parse_config(["--preset", "tiny", "--n", "64"])
-    assert (config.n, config.inner_steps, config.repeats, config.tau) == (64, 20, 2, Config.tau)
+    tiny = soar.PRESETS["tiny"]
+    assert (config.n, config.tau) == (64, Config.tau)
+    assert (config.inner_steps, config.repeats) == (tiny["inner_steps"], tiny["repeats"])
+    assert config.inner_steps != Config.inner_steps
     config = soar.parse_config(["--dataset", "x/problems.jsonl", "--seed", "3", "--no-promotion"])
     assert (config.preset, config.out, config.promotion) == ("class", "runs/problems-3", False)
     paper = dataclasses.asdict(soar.parse_config(["--dataset", "math", "--preset", "paper"]))

@@ -164,7 +164,9 @@ def option(default: object, text: str) -> object:
 @dataclass
 class Config:
     # --- The run
-    dataset: str = option("tiny", "tiny, math, harp, olympiad, or a FILE.jsonl (problem, answer)")
+    dataset: str = option(
+        "tiny", "tiny, math, harp, olympiad, or a FILE.jsonl with problem (or question) and answer"
+    )
     preset: str = option("auto", "tiny, class, long, paper or smoke; auto: tiny or class")
     model: str = option("unsloth/Llama-3.2-3B-Instruct", "hub id or local folder (the paper's)")
     seed: int = option(0, "every random choice of the run")
@@ -202,10 +204,14 @@ class Config:
     inner_extra: int = option(5, "steps more after each promotion (Table 3, without a reason)")
     student_batch: int = option(8, "problems a step (Table 3)")
     student_group: int = option(32, "completions a problem, the RLOO group (Table 3)")
-    student_lr: float = option(1e-5, "peak, cosine decay over the inner loop (Table 3)")
+    student_lr: float = option(
+        1e-5, "peak, cosine decay over the inner loop (Table 3; the paper is silent on its end)"
+    )
     student_warmup: int = option(0, "steps of linear warm-up (Table 3)")
     # --- Both updates
-    kl: float = option(0.001, "coefficient of KL(policy, base model) (Table 3)")
+    kl: float = option(
+        0.001, "coefficient of KL(policy, base model) (Table 3; silent on the students' reference)"
+    )
     weight_decay: float = option(0.0, "of AdamW (the paper is silent)")
     clip: float = option(1.0, "largest gradient norm; 0: no clipping (the paper is silent)")
     # --- Reward and promotion

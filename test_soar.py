@@ -1708,6 +1708,8 @@ def audit(event: str, _) -> None:
 
 
 sys.addaudithook(audit)
+with contextlib.suppress(ImportError):  # Python 3.12 loads this when it first meets a long number
+    importlib.import_module("_pylong")
 
 
 @pytest.mark.parametrize("kind", HOSTILE)

@@ -5722,7 +5722,7 @@ def saving_faults(policy, folder: Path) -> list[str]:
     return [] if error < 1e-3 else [f"logits of the saved model by {error:.3g}"]
 
 
-def judge(folder: Path, temperature: float = 0.7) -> tuple[str, str]:
+def verdict_on(folder: Path, temperature: float = 0.7) -> tuple[str, str]:
     """(verdict, why): supported, refused or SILENTLY WRONG, without and with checkpointing."""
     truth, refusals = None, []
     for checkpointing in (False, True):
@@ -5750,7 +5750,7 @@ def test_every_architecture_is_right_or_refused(name, tmp_path):
     if broken or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         pytest.skip(f"transformers {transformers.__version__} has no {kind} that loads")
     save_small(kind, tmp_path, ARCHITECTURES[name])
-    verdict, why = judge(tmp_path)
+    verdict, why = verdict_on(tmp_path)
     allowed = ["supported"] if name in MUST_BE_SUPPORTED else ["supported", "refused"]
     assert verdict in allowed and "\n" not in why, why
 

@@ -67,6 +67,7 @@ Part II is what it runs on, in any order:
 """
 
 from __future__ import annotations
+
 import argparse
 import contextlib
 import copy
@@ -3995,8 +3996,7 @@ FLAG_GROUPS = {
     "reward": "Reward and promotion",
     "sample_tokens": "Memory and report",
 }
-# The least value of a flag that is a number; of others, a whole number must be at least 1, and a
-# broken one at least 0.
+# The least value of a flag that is a number; 1, where it is not here.
 LEAST = {
     "seed": -math.inf,
     "data_seed": -math.inf,
@@ -4007,6 +4007,11 @@ LEAST = {
     "teacher_warmup": 0,
     "student_warmup": 0,
     "inner_extra": 0,
+    "teacher_lr": 0,
+    "student_lr": 0,
+    "kl": 0,
+    "weight_decay": 0,
+    "clip": 0,
     "temperature": 0.01,
     "teacher_group": 2,  # in a group of one there are no others to compare with
     "student_group": 2,
@@ -4082,14 +4087,7 @@ Defaults (in brackets) are the paper's; presets change only what they name:
 
 def check_values(config: Config) -> None:
     """Raises UserError on values that cannot work, which would show after hours otherwise."""
-    for name, value in vars(config).items():
-        if type(value) not in (int, float):
-            continue
-        least = LEAST.get(name, 1 if type(value) is int else 0)
-        if not least <= value < math.inf:  # so NaN is refused, too
-            raise UserError(f"{flag(name)} must be a finite number, not below {least}")
-    if config.threads > 4 * os.cpu_count():
-        raise UserError(f"--threads must be at most four for each of the {os.cpu_count()} cores")
+    check_numbers(config, LEAST, 1)
     if not config.dataset:
         raise UserError("--dataset needs a name: tiny, math, harp, olympiad or a FILE.jsonl")
     if config.dataset == "tiny" and not 2 <= config.pool <= 100_000:
@@ -4098,6 +4096,21 @@ def check_values(config: Config) -> None:
         raise UserError("--reward must be one of grounded, learnability")
     if (config.dataset == "tiny") != (config.model == "tiny"):
         raise UserError("the tiny data set and the tiny model belong together: give both, or none")
+
+
+def check_numbers(flags: object, least: dict[str, float], otherwise: float) -> None:
+    """Raises UserError where a number among the fields of `flags` is too small, or not finite.
+
+    least: {field: its least value}; `otherwise` holds for fields that are not there.
+    """
+    for name, value in vars(flags).items():
+        if type(value) not in (int, float):
+            continue
+        bound = least.get(name, otherwise)
+        if not bound <= value < math.inf:  # so NaN is refused, too
+            raise UserError(f"{flag(name)} must be a finite number, at least {bound}, not {value}")
+    if getattr(flags, "threads", 0) > 4 * os.cpu_count():
+        raise UserError(f"--threads must be at most four for each of the {os.cpu_count()} cores")
 
 
 # -- The screen, before and during the work.

@@ -19,12 +19,12 @@ What that runs on, in any order:
 """
 
 from __future__ import annotations
+
 import argparse
 import contextlib
 import importlib.util
 import json
 import math
-import os
 import random
 import re
 import sys
@@ -1033,11 +1033,13 @@ def diversity_curve(run: Run, settings: Settings) -> tuple[range, list[float]]:
     """(some 20 of the outer steps, the Vendi score of their questions, of 128 at most)."""
     rows = read_rows(run.folder / "questions.jsonl", {"step", "question"})
     steps = range(0, run.config.steps, math.ceil(run.config.steps / 20))
-    scores = []
+    asked = []  # [steps][questions]
     for step in steps:
-        asked = [Problem(row["question"], "") for row in rows if row["step"] == step]
-        scores.append(vendi(embed(run, settings, asked[:128])))
-    return steps, scores
+        questions = [Problem(row["question"], "") for row in rows if row["step"] == step]
+        asked.append(questions[:128])
+    embeddings = embed(run, settings, sum(asked, []))  # at once: an --embedder is loaded once
+    ends = np.cumsum([len(questions) for questions in asked])
+    return steps, [vendi(part) for part in np.split(embeddings, ends[:-1])]
 
 
 def draw(
@@ -1192,9 +1194,7 @@ def parse_settings(argv: list[str]) -> tuple[list[str], list[str], Settings]:
     flags = soar.parse_flags(parser, Settings, FLAG_GROUPS, argv)
     runs = flags.pop("runs")
     settings = Settings(**flags)
-    check_least(settings, LEAST, 0)
-    if settings.threads > 4 * os.cpu_count():
-        raise UserError("--threads is more than four for each core")
+    soar.check_numbers(settings, LEAST, 0)
     if settings.mix not in ("auto", "curriculum", "mixed"):
         raise UserError("--mix must be one of auto, curriculum, mixed")
     if settings.plot and not importlib.util.find_spec("matplotlib"):
@@ -1207,14 +1207,6 @@ def parse_settings(argv: list[str]) -> tuple[list[str], list[str], Settings]:
             known = ", ".join(METHODS)
             raise UserError(f"--methods {name} does not exist; choose from {known}, or all")
     return runs, methods, settings
-
-
-def check_least(flags: Settings | Benchmark, least: dict, otherwise: int) -> None:
-    """Raises UserError where a number is too small."""
-    for name, value in vars(flags).items():
-        bound = least.get(name, otherwise)
-        if isinstance(value, int) and value < bound:
-            raise UserError(f"{soar.flag(name)} must be at least {bound}; it is {value}")
 
 
 def choose_methods(methods: list[str], configs: list[Config], settings: Settings) -> list[str]:
@@ -1318,7 +1310,7 @@ def main(argv: list[str] | None = None) -> int:
         usage = "python eval.py --benchmark [flags]"
         parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False)
         flags = Benchmark(**soar.parse_flags(parser, Benchmark, {}, argv))
-        check_least(flags, {}, 1)
+        soar.check_numbers(flags, {}, 1)
         soar.quiet_libraries()
         benchmark(flags)
 

@@ -368,7 +368,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import eval as eval_  # noqa: E402
 import soar  # noqa: E402
-from soar import (
+from soar import (  # noqa: E402
     RIGHT,
     Config,
     Problem,
@@ -376,7 +376,7 @@ from soar import (
     UserError,
     answers_equal,
     extract_boxed,
-    parses,  # noqa: E402
+    parses,
     student_reward,
 )
 

@@ -3601,12 +3601,13 @@ def serve(channel: Connection | Remote, number: int) -> None:
 
 
 def load_copy(source: tuple[str, Config], number: int) -> Policy:
-    """The policy of process 0 once more, on GPU `number` where process 0 is on a GPU."""
+    """The policy of process 0 once more; on GPUs, the workers go round the cards."""
     path, config = source
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.device in ("auto", "cuda") and torch.cuda.is_available():
-        config = dataclasses.replace(config, device=f"cuda:{number}")
+        card = number % torch.cuda.device_count()
+        config = dataclasses.replace(config, device=f"cuda:{card}")
     policy = load_policy(path, config, Meter())
     policy.source = source
     return policy
@@ -3662,18 +3663,12 @@ def local_worker(channel: Connection, number: int) -> None:
 def process_count(policy: Policy, config: Config, jobs: int) -> int:
     """--processes, or by default on CPUs one a core, as far as jobs and memory go.
 
-    On GPUs the default is one, since other cards may be somebody else's. Raises UserError when
-    there are too few GPUs.
+    On GPUs the default is one, since other cards may be somebody else's. Several may share a card
+    that holds them: in sampling a card mostly waits for Python, so together they are quicker.
     """
-    kind = policy.model.device.type
-    cards = torch.cuda.device_count()
-    if kind == "cuda" and config.processes > cards:
-        raise UserError(
-            f"--processes {config.processes}: one process needs one GPU, and there are {cards}"
-        )
     if config.processes:
         return config.processes
-    if kind != "cpu":
+    if policy.model.device.type != "cpu":
         return 1
     # On Linux those that this process may use.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -3895,8 +3890,8 @@ def exit_code(program: str, body: Callable, meter: Meter, again: list[str]) -> i
             raise
         sentence = (
             f"out of memory (phase: {meter.phase}); in sampling lower --sample-tokens, in training "
-            "lower --micro-tokens or add --checkpointing, else take a smaller --model; "
-            f"go on with: {command}"
+            "lower --micro-tokens or add --checkpointing, else take fewer --processes or a smaller "
+            f"--model; go on with: {command}"
         )
     print(f"{program}: {sentence}", file=sys.stderr, flush=True)
     return code

@@ -4760,9 +4760,25 @@ def test_how_many_processes(policy, monkeypatch):
     policy.model = argparse.Namespace(device=torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert PROCESS_COUNT(policy, config, 16) == 1
-    assert PROCESS_COUNT(policy, dataclasses.replace(config, processes=4), 16) == 4
-    with pytest.raises(UserError, match="GPU"):
-        PROCESS_COUNT(policy, dataclasses.replace(config, processes=5), 16)
+    assert PROCESS_COUNT(policy, dataclasses.replace(config, processes=5), 16) == 5
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda", "cuda:1"])
+def test_workers_go_round_the_cards(device, monkeypatch):
+    """A third process on two cards asked for the card cuda:2; and a card that was chosen is kept."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    loaded = []
+
+    def load(path, config, meter):
+        loaded.append(config.device)
+        return argparse.Namespace()
+
+    monkeypatch.setattr(soar, "load_policy", load)
+    config = dataclasses.replace(small_config(), device=device)
+    for number in (1, 2, 3):
+        soar.load_copy(("model", config), number)
+    assert loaded == (["cuda:1"] * 3 if device == "cuda:1" else ["cuda:1", "cuda:0", "cuda:1"])
 
 
 def test_resume_of_a_finished_run(toy, finished, tmp_path, capsys):

@@ -179,7 +179,9 @@ class Config:
     resume: bool = option(False, "continue the run in --out (give the same flags again)")
     processes: int = option(0, "share the students among so many; 0: CPU cores, or one on GPUs")
     threads: int = option(1, "torch's CPU threads in each process; 0: as torch chooses")
-    device: str = option("auto", "auto: cuda if there is one, else cpu")
+    device: str = option(
+        "auto", "auto: cuda if there is one, else cpu; the tiny world: cpu, which is faster there"
+    )
     # --- The hard set
     fail_k: int = option(
         128, "keep the problems that the base model fails in each of so many attempts"
@@ -1144,10 +1146,13 @@ def load_model(path: str, config: Config, trained: bool = True) -> tuple[nn.Modu
 def choose_device(config: Config) -> str:
     """--device; if that is auto, cuda where torch can use a GPU, else cpu.
 
+    The tiny model is for CPUs, since its kernels take a GPU less time than it takes to start them.
     Raises UserError where a CPU would need weeks, and nobody has asked for it.
     """
     if config.device != "auto":
         return config.device
+    if config.model == "tiny":
+        return "cpu"
     if torch.cuda.is_available():
         return "cuda"
     if config.preset in ("class", "long", "paper"):
@@ -3605,7 +3610,7 @@ def load_copy(source: tuple[str, Config], number: int) -> Policy:
     path, config = source
     if config.threads:
         torch.set_num_threads(config.threads)
-    if config.device in ("auto", "cuda") and torch.cuda.is_available():
+    if choose_device(config) == "cuda" and torch.cuda.is_available():
         card = number % torch.cuda.device_count()
         config = dataclasses.replace(config, device=f"cuda:{card}")
     policy = load_policy(path, config, Meter())

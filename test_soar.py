@@ -4763,6 +4763,15 @@ def test_how_many_processes(policy, monkeypatch):
     assert PROCESS_COUNT(policy, dataclasses.replace(config, processes=5), 16) == 5
 
 
+def test_the_tiny_world_stays_on_the_cpu(monkeypatch):
+    """A step of the first run took 38 s on an H200, and 11 s on two CPU cores."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = soar.parse_config([])
+    assert soar.choose_device(config) == "cpu"
+    assert soar.choose_device(dataclasses.replace(config, device="cuda")) == "cuda"
+    assert soar.choose_device(dataclasses.replace(config, model="large", dataset="math")) == "cuda"
+
+
 @pytest.mark.parametrize("device", ["auto", "cuda", "cuda:1"])
 def test_workers_go_round_the_cards(device, monkeypatch):
     """A third process on two cards asked for the card cuda:2; and a card that was chosen is kept."""
@@ -4775,10 +4784,12 @@ def test_workers_go_round_the_cards(device, monkeypatch):
         return argparse.Namespace()
 
     monkeypatch.setattr(soar, "load_policy", load)
-    config = dataclasses.replace(small_config(), device=device)
+    config = dataclasses.replace(small_config(), model="large", device=device)
     for number in (1, 2, 3):
         soar.load_copy(("model", config), number)
     assert loaded == (["cuda:1"] * 3 if device == "cuda:1" else ["cuda:1", "cuda:0", "cuda:1"])
+    soar.load_copy(("tiny", dataclasses.replace(config, model="tiny", device="auto")), 1)
+    assert loaded[-1] == "auto"  # a CPU, as for process 0
 
 
 def test_resume_of_a_finished_run(toy, finished, tmp_path, capsys):

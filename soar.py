@@ -1463,6 +1463,7 @@ class Meter:
         self.what = what
         self.together = together
         self.done = 0
+        self.told = False
         self.begun = time.perf_counter()
 
     def left(self) -> float:
@@ -1471,12 +1472,17 @@ class Meter:
         return spent / max(1, self.done) * max(0, self.pieces - self.done)
 
     def advance(self, pieces: int = 1) -> None:
-        """Counts finished pieces; after the first ones, work of more than a minute is announced."""
-        before = self.done
+        """Counts finished pieces; tells once how long the rest takes, if more than a minute.
+
+        It waits for half a minute of work: the first pieces hold the start of the workers, too.
+        """
         self.done += pieces
-        if before < self.together <= self.done and self.left() > 60:
-            tqdm.write(f"({self.what}: about {about(self.left())} at this speed)")
-            sys.stdout.flush()
+        known = self.done >= self.together and time.perf_counter() - self.begun > 30
+        if known and not self.told:
+            self.told = True
+            if self.left() > 60:
+                tqdm.write(f"({self.what}: about {about(self.left())} at this speed)")
+                sys.stdout.flush()
 
 
 def about(seconds: float) -> str:

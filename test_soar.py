@@ -5361,6 +5361,15 @@ def test_time_left(monkeypatch, capsys):
         meter.advance()
     # A minute is left; with one of them counted it would have been seven.
     assert capsys.readouterr().out == ""
+    # The first piece also held the start of a process: nine minutes were told of a run of two.
+    meter.expect(240, "all outer steps")
+    for seconds in (5, 1):
+        now[0] += seconds
+        meter.advance()
+        assert capsys.readouterr().out == ""
+    now[0] += 60
+    meter.advance(48)
+    assert capsys.readouterr().out == "(all outer steps: about 4 min at this speed)\n"
 
 
 # ==================================================================================================

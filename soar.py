@@ -335,9 +335,9 @@ PRESETS = {
 # promoted (0.25 is the median). A_1 = 0.25 + 0.08 = 0.33 and A_2 = -0.33: all completions that X_1
 # was written with become likelier, and all those of X_2 less likely.
 #
-# The tiny world is quicker than the paper: two or three promotions mostly lead from 0 to 60-100 %, as
-# all facts hang on one switch, from the forum's way of answering to the textbook's. The paper's
-# students gain a few points by each of at most four promotions, in 200 steps.
+# The tiny world is quicker than the paper: two or three promotions mostly lead from 0 to 60-100 %,
+# since all facts hang on one switch, from the forum's way of answering to the textbook's. The
+# paper's students gain a few points by each of at most four promotions, in 200 steps.
 
 
 @dataclass

@@ -3875,6 +3875,7 @@ def outer_loop(policy: Policy, hard_train: list[Problem], state: State, config: 
         }
         save_checkpoint(Path(config.out), state)
         print_step(row, meter)
+        meter.told = True  # by this line, and the next ones
         if row["step"] % 5 == 0:
             print_example(policy, state, config)
 

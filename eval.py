@@ -1101,7 +1101,8 @@ def benchmark(flags: Benchmark) -> None:
         "generate, static cache": partial(sample_theirs, cache="static"),
     }
     # On a CPU the seconds of this process, which other programs disturb less.
-    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    on_cpu = policy.model.device.type == "cpu"
+    clock = time.process_time if on_cpu else time.perf_counter
     speeds = {name: [] for name in ways}
     early = {}
     for turn in range(flags.repeats + 1):

@@ -1512,7 +1512,7 @@ def about(seconds: float) -> str:
 #
 # It is simple, not the fastest. A decode step starts some thousand small kernels, and a large GPU
 # waits for Python between them. (generate() with its static cache, which is compiled into a CUDA
-# graph, is five times as fast on an H200.)
+# graph, is five times as fast on an H200, with a model of 135M weights.)
 
 
 @dataclass
@@ -3621,7 +3621,7 @@ def load_copy(source: tuple[str, Config], number: int) -> Policy:
     path, config = source
     if config.threads:
         torch.set_num_threads(config.threads)
-    if choose_device(config) == "cuda" and torch.cuda.is_available():
+    if choose_device(config) == "cuda":
         card = number % torch.cuda.device_count()
         config = dataclasses.replace(config, device=f"cuda:{card}")
     policy = load_policy(path, config, Meter())
